@@ -7,8 +7,9 @@ Docs: https://adverfine.github.io/adverfine/attacks.html.md"""
 # %% auto #0
 __all__ = ['Attack', 'logits_of', 'input_grad', 'FGSM', 'PGD', 'worst_of']
 
-# %% ../nbs/04_attacks.ipynb #82b81341
+# %% ../nbs/04_attacks.ipynb #45fca478
 from dataclasses import dataclass, field
+from numbers import Integral
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .threat import *
@@ -75,7 +76,7 @@ class FGSM(Attack):
     "One step of length `eps` along the steepest direction; [arXiv 1412.6572](https://arxiv.org/abs/1412.6572)"
     def craft(self, model, x, y, generator): return self.threat.project(x + self.eps*self.threat.steepest(input_grad(model, x, y)), x)
 
-# %% ../nbs/04_attacks.ipynb #860c0b06
+# %% ../nbs/04_attacks.ipynb #a7bb218d
 @dataclass(frozen=True)
 class PGD(Attack):
     "Projected gradient ascent on the loss; [arXiv 1706.06083](https://arxiv.org/abs/1706.06083)"
@@ -87,7 +88,7 @@ class PGD(Attack):
     def __post_init__(self):
         super().__post_init__()
         for k in ('steps', 'restarts'):
-            if not (isinstance(v := getattr(self, k), int) and v>=1): raise ValueError(f"{k}={v} must be a whole number, 1 or more")
+            if not (isinstance(v := getattr(self, k), Integral) and v>=1): raise ValueError(f"{k}={v} must be a whole number, 1 or more")
         if self.step_size is not None and not self.step_size>0: raise ValueError(f"step_size={self.step_size} must be positive; leave it out for 2.5*eps/steps")
         if self.restarts>1 and not self.random_start: raise ValueError(f"restarts={self.restarts} without random_start would repeat one run: set random_start=True")
 

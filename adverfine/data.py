@@ -105,7 +105,7 @@ def digits_dls(
     test,train = idxs[:500],idxs[500:]
     return image_dls((x[train], y[train]), (x[test], y[test]), bs=bs, **kwargs)
 
-# %% ../nbs/01_data.ipynb #299f4290
+# %% ../nbs/01_data.ipynb #bb5a4ed8
 def read_idx(
     path, # An idx file, gzipped if its name ends in .gz
 ) -> np.ndarray: # Bytes in the shape that the header gives
@@ -123,9 +123,14 @@ def _damaged(path, why): return f"{path} is damaged ({why}): delete it and fetch
 
 def _missing(what, looked, how): return FileNotFoundError(f"{what} is not here. Looked in: {', '.join(map(str, looked))}. To get it, {how}")
 
+def _download(name, home):
+    from torchvision import datasets
+    try: getattr(datasets, name)(home, download=True)
+    except (OSError, RuntimeError) as e: raise FileNotFoundError(f"torchvision could not download {name} to {home} ({e}): give a folder that has it as path") from e
+
 def _data_home(): return Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data'
 
-# %% ../nbs/01_data.ipynb #a276ea00
+# %% ../nbs/01_data.ipynb #a8771fe9
 fashion_vocab = 'T-shirt trouser pullover dress coat sandal shirt sneaker bag boot'.split()
 
 @delegates(image_dls)
@@ -138,11 +143,9 @@ def fashion_mnist_dls(
     home = Path(path).expanduser() if path is not None else _data_home()
     places = [*([home] if path is not None else [Path('/usr/share/datasets/fashion-mnist')]), home/'FashionMNIST'/'raw']
     def files(): return next(filter(None, map(_idx_files, places)), None)
-    if files() is None and download:
-        from torchvision.datasets import FashionMNIST
-        FashionMNIST(home, download=True)
+    if files() is None and download: _download('FashionMNIST', home)
     if files() is None:
-        raise _missing('Fashion-MNIST', places, "run `apt-get install dataset-fashion-mnist`, name a folder with its four idx files as path=, or pass download=True")
+        raise _missing('Fashion-MNIST', places, "run `apt-get install dataset-fashion-mnist`, give a folder with its four idx files as path, or allow download")
     xs,ys = {},{}
     for (part,kind),f in files().items():
         (xs if kind=='images-idx3' else ys)[part] = read_idx(f)
@@ -210,7 +213,7 @@ class RandomCropFlip(Transform):
         i = torch.arange(size, device=device) + torch.randint(-self.pad, self.pad+1, (n,1), device=device)
         return (size-1) - ((size-1) - i.abs()).abs()
 
-# %% ../nbs/01_data.ipynb #05f7424a
+# %% ../nbs/01_data.ipynb #4c9b9941
 @delegates(image_dls)
 def cifar10_dls(
     path=None, # Folder with `train/` and `test/`, or with `cifar-10-batches-py/`; default: fastai's data folder
@@ -223,15 +226,13 @@ def cifar10_dls(
     folders,batches = [home, home/'cifar10'],[home, home/'cifar-10-batches-py']
     def find(places, *names): return next((o for o in places if all((o/n).exists() for n in names)), None)
     def both(): return find(folders, 'train', 'test'),find(batches, 'data_batch_1', 'test_batch')
-    if both()==(None,None) and download:
-        from torchvision.datasets import CIFAR10
-        CIFAR10(home, download=True)
+    if both()==(None,None) and download: _download('CIFAR10', home)
     folder,batch = both()
     if folder:
         lost = next((d/c for d in (folder/'train', folder/'test') for c in cifar_vocab if not (d/c).is_dir()), None)
         if lost: raise ValueError(f"{lost} is missing: the copy of CIFAR-10 is incomplete, fetch it again")
         train,test = (_image_folder(folder/o, cifar_vocab) for o in ('train', 'test'))
     elif batch: train,test = _cifar_batches(batch)
-    else: raise _missing('CIFAR-10', [*folders, batches[1]], "run `fastai.data.external.untar_data(URLs.CIFAR)`, name its folder as path=, or pass download=True")
+    else: raise _missing('CIFAR-10', [*folders, batches[1]], "run `fastai.data.external.untar_data(URLs.CIFAR)`, give its folder as path, or allow download")
     tfms = [*([RandomCropFlip()] if augment else []), *(kwargs.pop('batch_tfms', None) or [])]
     return image_dls(train, test, vocab=cifar_vocab, batch_tfms=tfms, **kwargs)

@@ -53,7 +53,7 @@ class RobustnessReport:
                 + ''.join(f'<tr><td>{k}</td><td>{v:.4f}</td><td>{ci:.4f}</td></tr>' for k,v,ci in rows)
                 + f'</table><p>{self.n} images, {self.threat}, {self.seconds:.1f} s</p>')
 
-# %% ../nbs/08_evaluation.ipynb #b27fdc75
+# %% ../nbs/08_evaluation.ipynb #0d644769
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes)
@@ -78,7 +78,7 @@ def evaluate(
     batch = lambda i: (x[i].to(device), y[i].to(device))
     with evaluating(model):
         stands = torch.cat([right(*batch(i)).cpu() for i in torch.arange(len(x)).split(bs)])
-        clean,left = stands.float().mean().item(),{}
+        clean,left = stands.sum().item()/len(x),{}
         for attack in attacks:
             for i in tqdm(stands.nonzero()[:,0].split(bs), desc=attack.name, leave=False, delay=3):
                 xb,yb = batch(i)
@@ -86,8 +86,8 @@ def evaluate(
                     x_adv = attack(model, xb.contiguous(memory_format=torch.channels_last) if bf16 else xb, yb, generator).float()
                 threat.check(x_adv, xb)
                 stands[i] = right(x_adv, yb).cpu()
-            left[_unused(attack.name, left)] = stands.float().mean().item()
-    robust,n = stands.float().mean().item(),len(x)
+            left[_unused(attack.name, left)] = stands.sum().item()/len(x)
+    robust,n = stands.sum().item()/len(x),len(x)
     return RobustnessReport(clean, robust, half_width(clean, n), half_width(robust, n), n, threat, attacks, left, time.perf_counter()-start)
 
 def _unused(name, taken): return name if name not in taken else _unused(name+"'", taken)

@@ -67,7 +67,7 @@ def frozen(
         finally:
             for p in params: p.requires_grad_(True)
 
-# %% ../nbs/02_models.ipynb #7ac43374
+# %% ../nbs/02_models.ipynb #3e9b853c
 def adopt(
     opt, # A fastai `Optimizer` or `OptimWrapper`; None, as before the first fit, needs nothing
     heirs:dict, # old parameter -> new parameter
@@ -83,4 +83,3 @@ def adopt(
         for old in [o for o in states if o in heirs]:
             new = {k: (state or keep)(old, k, v) if isinstance(v, Tensor) and v.shape==old.shape else v for k,v in states.pop(old).items()}
             states[heirs[old]] = {k: v for k,v in new.items() if v is not None}
-    for o in (o for os in added.values() for o in os): opt.state[o]['do_wd'] = False

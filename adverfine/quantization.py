@@ -16,23 +16,28 @@ from fastcore.basics import patch
 from fastai.learner import Learner
 from .models import *
 
-# %% ../nbs/06_quantization.ipynb #db1b7661
+# %% ../nbs/06_quantization.ipynb #29e5b8b2
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, step, lo, hi, offset, scale):
         ctx.save_for_backward(x, step)
         ctx.codes,ctx.scale = (lo, hi, offset),scale
-        return (torch.round(x/step-offset).clamp_(lo, hi)+offset)*step
+        return _codes(x, step, lo, hi, offset).mul_(step)
 
     @staticmethod
     def backward(ctx, grad):
         (x,step),(lo,hi,offset) = ctx.saved_tensors,ctx.codes
-        v = x/step-offset
-        inside = (v>=lo-.5) & (v<=hi+.5)
-        grad_x = grad*inside
+        v = x/step
+        grad_x = torch.ops.aten.hardtanh_backward(grad, v, lo-.5+offset, hi+.5+offset)
         if not ctx.needs_input_grad[1]: return grad_x,None,None,None,None,None
-        d = torch.where(inside, v.round().clamp(lo, hi)-v, v.clamp(lo, hi)+offset)
-        return grad_x,(grad*d).sum_to_size(step.shape)*ctx.scale,None,None,None,None
+        d = grad*_codes(x, step, lo, hi, offset) - grad_x*v
+        return grad_x,d.float().sum_to_size(step.shape)*ctx.scale,None,None,None,None
+
+def _codes(x, step, lo, hi, offset):
+    "`c + o`, in one new tensor: on a processor, what costs is memory"
+    v = x/step
+    if offset: return v.sub_(offset).round_().clamp_(lo, hi).add_(offset)
+    return v.round_().clamp_(lo, hi)
 
 offered_bits = (16, 8, 4, 2, 1)
 
@@ -44,6 +49,7 @@ def check_bits(
 
 class Quantizer(nn.Module):
     "Rounds to `bits` bits with a learned step: one for everything, or one per output channel of a weight"
+    tempering = .5   # The gradient of a step is divided by the number of values that share it, to this power
     def __init__(self,
         bits:int, # 16, 8, 4, 2 or 1
         signed:bool=True, # Codes on both sides of zero? Otherwise from zero up
@@ -55,11 +61,20 @@ class Quantizer(nn.Module):
         if not signed: self.lo,self.hi,self.offset = 0,2**bits-1,0.
         elif bits==1: self.lo,self.hi,self.offset = -1,0,.5
         else: self.lo,self.hi,self.offset = -2**(bits-1)+symmetric,2**(bits-1)-1,0.
-        self.step = nn.Parameter(torch.ones(1))
+        self.register_buffer('start', torch.tensor(1.))
+        self.log_gain = nn.Parameter(torch.tensor(0.))
+
+    @property
+    def step(self): return self.start*self.log_gain.exp()
+
+    def begin(self, step):
+        "Let `step` be where learning begins"
+        self.start,self.log_gain.data = step,torch.zeros_like(step)
 
     def forward(self, x):
-        scale = (self.step.numel()/max(1, x.numel() if self.step.numel()>1 else x[0].numel())/max(self.hi, 1))**.5
-        return _Round.apply(x, self.step.abs().clamp_min(1e-12), self.lo, self.hi, self.offset, scale)
+        step = self.step
+        shared = x.numel()/step.numel() if step.dim() else x[0].numel()
+        return _Round.apply(x, step, self.lo, self.hi, self.offset, shared**-self.tempering)
 
     def extra_repr(self): return f"bits={self.bits}, codes {self.lo} to {self.hi}" + (f" plus {self.offset}" if self.offset else '')
 
@@ -79,11 +94,11 @@ def best_step(
         best,least = torch.where(error<least, step, best),torch.minimum(error, least)
     return best
 
-# %% ../nbs/06_quantization.ipynb #7e720a5e
+# %% ../nbs/06_quantization.ipynb #3617deda
 class _QuantLayer:
     "What the quantized layers have in common"
     def storage_bytes(self):
-        floats = self.w_quant.step.numel() + self.x_quant.step.numel() + (self.bias.numel() if self.bias is not None else 0)
+        floats = self.w_quant.start.numel() + self.x_quant.start.numel() + (self.bias.numel() if self.bias is not None else 0)
         return -(-self.weight.numel()*self.w_quant.bits//8) + 4*floats
 
 class QuantConv2d(_QuantLayer, nn.Conv2d):
@@ -130,14 +145,13 @@ def quantize(
 
 def _swap(m, bits, sample):
     "Make `m` its twin, or give the twin that it is other bits; the steps that are new"
-    old = [m.w_quant.step, m.x_quant.step] if isinstance(m, _QuantLayer) else None
+    old = (m.w_quant, m.x_quant) if isinstance(m, _QuantLayer) else ()
     m.w_quant,m.x_quant = (Quantizer(bits, **kw).to(m.weight.device) for kw in (dict(symmetric=True), dict(signed=sample.signed)))
-    steps = best_step(m.weight.detach().flatten(1), m.w_quant).view(-1, *[1]*(m.weight.dim()-1)),best_step(sample.values(), m.x_quant)
-    for q,step,p in zip((m.w_quant, m.x_quant), steps, old or (nn.Parameter(o.clone()) for o in steps)):
-        p.data = step
-        q.step = p
+    for q,was in zip((m.w_quant, m.x_quant), old): q.log_gain = was.log_gain
+    m.w_quant.begin(best_step(m.weight.detach().flatten(1), m.w_quant).view(-1, *[1]*(m.weight.dim()-1)))
+    m.x_quant.begin(best_step(sample.values(), m.x_quant)[0])
     m.__class__ = _twins.get(type(m), type(m))
-    return None if old else [m.w_quant.step, m.x_quant.step]
+    return () if old else (m.w_quant.log_gain, m.x_quant.log_gain)
 
 # %% ../nbs/06_quantization.ipynb #8667bb2a
 @patch

@@ -1,0 +1,13 @@
+"Everything, with fastai's vision: `from adverfine.all import *`"
+from fastai.vision.all import *
+from .threat import *
+from .data import *
+from .models import *
+from .cost import *
+from .attacks import *
+from .pruning import *
+from .quantization import *
+from .adversarial import *
+from .evaluation import *
+from .study import *
+from .report import *

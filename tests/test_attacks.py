@@ -1,0 +1,126 @@
+"Attacks against torchattacks on the same network; and what they must leave as it was"
+import copy
+from functools import partial
+import pytest, torch, torchattacks
+from torch import nn
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from adverfine.adversarial import *
+from adverfine.attacks import *
+from adverfine.data import *
+from adverfine.evaluation import *
+from adverfine.models import *
+from adverfine.quantization import *
+from adverfine.threat import *
+
+@pytest.fixture(scope='module')
+def learn():
+    torch.manual_seed(0)
+    learn = Learner(digits_dls(normalize=(.5,.5)), cnn8(size=8), opt_func=partial(SGD, mom=.9))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(12, .03, cbs=AdversarialTraining(PGD(.1, steps=3)))
+    return learn
+
+@pytest.fixture(scope='module')
+def model(learn): return pixel_space(learn.dls).wrap(learn.model).eval()
+
+@pytest.fixture(scope='module')
+def images(learn): return pixels(learn.dls.test)
+
+def _right(model, x, y): return (model(x).argmax(1)==y).float().mean().item()
+
+@pytest.mark.parametrize('ours,theirs', [
+    (PGD(.1, steps=20, step_size=.01),           lambda m: torchattacks.PGD(m, eps=.1, alpha=.01, steps=20)),
+    (PGD(.8, steps=20, step_size=.1, norm='l2'), lambda m: torchattacks.PGDL2(m, eps=.8, alpha=.1, steps=20)),
+    (FGSM(.1),                                   lambda m: torchattacks.FGSM(m, eps=.1))])
+def test_as_strong_as_torchattacks(model, images, ours, theirs):
+    x,y = images
+    peer = copy.deepcopy(model).eval()
+    with torch.no_grad(): stands = peer(x).argmax(1)==y
+    robust = (stands & (peer(theirs(peer)(x, y)).argmax(1)==y)).float().mean().item()
+    assert abs(evaluate(model, x, y, ours).robust-robust) <= .01
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('eps', [0, .03, 1])
+def test_budget(model, images, norm, eps):
+    x,y = (o[:32] for o in images)
+    for attack in (FGSM(eps, norm=norm), PGD(eps, steps=3, norm=norm), PGD(eps, steps=3, restarts=2, norm=norm)):
+        attack.threat.check(attack(model, x, y), x)
+
+def test_zero_gradients_do_not_make_nan(images):
+    x,y = images
+    blind = lambda x: x.sum()*0 + torch.zeros(len(x), 10)
+    for norm in ('linf', 'l2'): assert PGD(.1, norm=norm)(blind, x, y).isfinite().all()
+
+class Fussy(nn.Module):
+    "Has a frozen BatchNorm, dropout, a frozen parameter and gradients; raises on its third call"
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(4*36, 10))
+        self.net[1].eval(); self.net[0].bias.requires_grad_(False)
+        self.net(torch.rand(4, 1, 8, 8)).sum().backward()
+        self.calls = 0
+    def forward(self, x):
+        assert not any(m.training for m in self.modules())
+        self.calls += 1
+        if self.calls==3: raise RuntimeError('third call')
+        return self.net(x)
+    def state(self): return ([m.training for m in self.modules()], [p.requires_grad for p in self.parameters()],
+                             [p.grad.tolist() if p.grad is not None else None for p in self.parameters()], [b.tolist() for b in self.buffers()])
+
+@pytest.mark.parametrize('use', [lambda m,x,y: PGD(.1, steps=5)(m, x, y), lambda m,x,y: evaluate(m, x, y, PGD(.1, steps=5))])
+def test_nothing_is_left_behind(images, use):
+    x,y = (o[:8] for o in images)
+    for raises in (True, False):
+        model = Fussy(); before = model.state()
+        if raises:
+            with pytest.raises(RuntimeError, match='third call'): use(model, x, y)
+        else:
+            model.calls = 10
+            use(model, x, y)
+        assert model.state()==before
+
+def test_gradients_are_on_whatever_the_caller_does(model, images):
+    x,y = (o[:64] for o in images)
+    with torch.no_grad(): a = PGD(.1, random_start=False)(model, x, y)
+    with torch.inference_mode(): b = PGD(.1, random_start=False)(model, x.clone(), y)
+    c = PGD(.1, random_start=False)(model, x, y)
+    assert torch.equal(a, c) and torch.equal(b, c) and not c.requires_grad
+
+def test_own_generator_leaves_the_global_one_alone(model, images):
+    x,y = (o[:8] for o in images)
+    state = torch.get_rng_state()
+    a,b = (PGD(.1)(model, x, y, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
+
+def test_bad_images_and_models(model, images):
+    x,y = (o[:4] for o in images)
+    for bad,why in [(x-1, 'in \\[0,1\\]'), (x*float('inf'), 'NaN or infinite'), (x.long(), 'float tensor'), (x[:0], 'no images')]:
+        with pytest.raises(ValueError, match=why): PGD(.1)(model, bad, y[:len(bad)])
+    with pytest.raises(ValueError, match='whole numbers'): PGD(.1)(model, x, y[:2])
+    with pytest.raises(ValueError, match='-1 to'): PGD(.1)(model, x, torch.full_like(y, -1))
+    with pytest.raises(ValueError, match='tuple'): PGD(.1)(lambda x: (model(x),), x, y)
+
+def test_normalize_or_not_is_the_same_adversary(learn):
+    "A network for normalised batches and the same network with the normalisation inside: one robust accuracy, in callback and report"
+    inside = Learner(digits_dls(), pixel_space(learn.dls).wrap(learn.model), metrics=RobustAccuracy(PGD(.1)))
+    outside = Learner(learn.dls, learn.model, metrics=RobustAccuracy(PGD(.1)))
+    assert inside.robustness(PGD(.1)).robust == outside.robustness(PGD(.1)).robust
+    with inside.no_bar(), outside.no_bar(): assert inside.validate()[1] == outside.validate()[1]
+
+def test_paper_threat_leaves_the_pixel_range(model, images):
+    x,y = images
+    x_adv = PGD(.05, steps=3, random_start=False, clamp=False)(model, x, y)
+    assert x_adv.min()<0 and x_adv.max()>1 and (x_adv-x).abs().max()<=.05+1e-6
+
+def test_bf16_crafts_as_well(model, images):
+    a,b = (evaluate(model, *images, PGD(.1, steps=20), bf16=o).robust for o in (False, True))
+    assert abs(a-b)<=.01
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+def test_on_a_gpu():
+    learn = Learner(digits_dls(normalize=(.5,.5)), cnn8(size=8), metrics=RobustAccuracy(PGD(.1, steps=3)))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=[AdversarialTraining(PGD(.1, steps=3)), BF16()])
+        learn.quantize(4)
+        learn.fit(1, 1e-3, cbs=[AdversarialTraining(PGD(.1, steps=3)), BF16()])
+    assert learn.robustness(PGD(.1, steps=3), bf16=True).robust <= 1

@@ -1,0 +1,94 @@
+"Where data sets are looked for, what is said of missing and damaged ones"
+import gzip, os, pickle, struct
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from adverfine.data import *
+
+def _idx(a): return b'\0\0\x08' + bytes([a.ndim]) + struct.pack(f'>{a.ndim}I', *a.shape) + a.tobytes()
+
+@pytest.fixture
+def fashion(tmp_path):
+    rng = np.random.default_rng(0)
+    for part,n in (('train', 40), ('t10k', 20)):
+        (tmp_path/f'{part}-images-idx3-ubyte').write_bytes(_idx(rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)))
+        (tmp_path/f'{part}-labels-idx1-ubyte.gz').write_bytes(gzip.compress(_idx(np.arange(n, dtype=np.uint8)%10)))
+    return tmp_path
+
+def test_fashion_from_a_folder(fashion):
+    dls = fashion_mnist_dls(fashion, bs=8)
+    assert [len(dl.dataset) for dl in dls]==[36, 4, 20]
+    x,y = dls.one_batch()
+    assert x.shape==(8, 1, 28, 28) and 0<=x.min() and x.max()<=1 and len(dls.vocab)==dls.c==10
+
+@pytest.mark.parametrize('name,content,why', [
+    ('train-images-idx3-ubyte', lambda b: b[:-7], 'were promised'), ('t10k-images-idx3-ubyte', lambda b: b'', 'no idx header'),
+    ('t10k-labels-idx1-ubyte.gz', lambda b: b[:-9], 'end-of-stream|damaged'), ('train-labels-idx1-ubyte.gz', lambda b: b'not gzip at all', 'damaged'),
+    ('train-labels-idx1-ubyte.gz', lambda b: gzip.compress(_idx(np.full(40, 10, np.uint8))), 'labels run from 10 to 10'),
+    ('train-labels-idx1-ubyte.gz', lambda b: gzip.compress(_idx(np.zeros(39, np.uint8))), '40 images but 39 labels')])
+def test_fashion_damaged(fashion, name, content, why):
+    f = fashion/name
+    f.write_bytes(content(f.read_bytes()))
+    with pytest.raises(ValueError, match=why) as e: fashion_mnist_dls(fashion)
+    if 'label' not in why: assert name in str(e.value)
+
+def test_missing_says_where_and_how(tmp_path, monkeypatch):
+    monkeypatch.setenv('FASTAI_HOME', str(tmp_path))
+    for f,how in ((fashion_mnist_dls, 'apt-get install'), (cifar10_dls, 'untar_data')):
+        with pytest.raises(FileNotFoundError, match=how) as e: f(tmp_path/'nowhere')
+        assert str(tmp_path/'nowhere') in str(e.value)
+
+@pytest.fixture
+def cifar(tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ('train', 'test'):
+        for c in cifar_vocab:
+            (tmp_path/part/c).mkdir(parents=True)
+            for i in range(3): Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path/part/c/f'{i}.png')
+    return tmp_path
+
+def test_cifar_from_folders(cifar):
+    dls = cifar10_dls(cifar, bs=8)
+    x,y = dls.one_batch()
+    assert x.shape==(8, 3, 32, 32) and [len(dl.dataset) for dl in dls]==[27, 3, 30]
+    ims = {np.asarray(Image.open(f)).transpose(2, 0, 1).tobytes() for f in cifar.glob('test/*/*')}
+    assert ims=={o.numpy().tobytes() for o in dls.test.dataset.x}
+
+def test_cifar_damaged(cifar):
+    f = cifar/'train'/'cat'/'1.png'
+    f.write_bytes(f.read_bytes()[:40])
+    with pytest.raises(ValueError, match='cat.1.png is damaged'): cifar10_dls(cifar)
+    Image.new('RGB', (16, 16)).save(f)
+    with pytest.raises(ValueError, match='cat.1.png is damaged'): cifar10_dls(cifar)
+    f.unlink(); (cifar/'test'/'dog').rename(cifar/'test'/'hound')
+    with pytest.raises(ValueError, match='test.dog is missing'): cifar10_dls(cifar)
+
+def test_cifar_from_batches(tmp_path):
+    folder = tmp_path/'cifar-10-batches-py'; folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [f'data_batch_{i}' for i in range(1,6)]+['test_batch']:
+        for protocol in (2, 5): (folder/name).write_bytes(pickle.dumps({'batch_label': name, 'data': rng.integers(0, 256, (10, 3072), dtype=np.uint8), 'labels': list(range(10))}, protocol=protocol))
+    assert [len(dl.dataset) for dl in cifar10_dls(tmp_path)]==[45, 5, 10]
+    (folder/'data_batch_3').write_bytes((folder/'data_batch_3').read_bytes()[:500])
+    with pytest.raises(ValueError, match='data_batch_3 is damaged'): cifar10_dls(tmp_path)
+
+def test_a_pickle_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'owned'),)
+    folder = tmp_path/'cifar-10-batches-py'; folder.mkdir()
+    for name in [f'data_batch_{i}' for i in range(1,6)]+['test_batch']: (folder/name).write_bytes(pickle.dumps({'data': Evil(), 'labels': []}))
+    with pytest.raises(ValueError, match='mkdir'): cifar10_dls(tmp_path)
+    assert not (tmp_path/'owned').exists()
+
+def test_splits_do_not_depend_on_anybodys_seed_or_leak():
+    torch.manual_seed(1); a = digits_dls(n_train=500, n_test=50)
+    torch.manual_seed(2); b = digits_dls(n_train=500, n_test=50)
+    for p,q in zip(a, b): assert torch.equal(p.dataset.x, q.dataset.x)
+    assert [len(o.dataset) for o in a]==[450, 50, 50]
+    seen = [{im.numpy().tobytes() for im in dl.dataset.x} for dl in a]
+    assert not seen[0]&seen[2] and not seen[1]&seen[2] and not seen[0]&seen[1]
+
+def test_bytes_and_floats_are_the_same_images():
+    y = torch.arange(10); b = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
+    x1,x2 = (image_dls((o, y), (o, y), bs=9).train.new(shuffle=False).one_batch()[0] for o in (b, b/255))
+    assert torch.allclose(x1, x2)

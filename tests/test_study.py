@@ -1,0 +1,88 @@
+"A study that is killed, interrupted, extended or misused"
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import pandas as pd, pytest
+from adverfine.study import *
+from adverfine.report import *
+
+tiny = dict(levels=(.3,.6), bits=(4,), epochs=3, fine_tune_epochs=1, n_train=300, n_test=60, steps=3, train_steps=1)
+options = '--levels 0.3 0.6 --bits 4 --epochs 3 --fine-tune-epochs 1 --n-train 300 --n-test 60 --steps 3 --train-steps 1'.split()
+env = dict(os.environ, OMP_NUM_THREADS='1')
+
+def _cli(*args, **kw): return subprocess.Popen([sys.executable, '-c', 'import sys; from adverfine.cli import main; sys.exit(main())', *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+def _wait_for_cells(out, n, p):
+    end = time.time()+120
+    while len(list((out/'cells').glob('*.json')))<n and time.time()<end and p.poll() is None: time.sleep(.02)
+
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
+    whole,killed = tmp_path/'whole',tmp_path/'killed'
+    p = _cli('study', 'digits', '--out', whole, *options); assert p.communicate()[1] is not None and p.returncode==0
+    p = _cli('study', 'digits', '--out', killed, *options)
+    _wait_for_cells(killed, 3, p)
+    p.kill(); p.communicate()
+    done = len(list((killed/'cells').glob('*.json')))
+    assert 3<=done<12
+    p = _cli('study', 'digits', '--out', killed, *options)
+    text,_ = p.communicate()
+    assert p.returncode==0 and 'report.html' in text
+    a,b = (pd.read_csv(o/'results.csv', dtype=str).drop(columns=['latency_ms', 'seconds']) for o in (whole, killed))
+    assert len(a)==12 and a.to_csv()==b.to_csv()
+    assert not list(killed.rglob('.*.part'))
+
+def test_interrupted_says_how_to_go_on(tmp_path):
+    p = _cli('study', 'digits', '--out', tmp_path, *options)
+    _wait_for_cells(tmp_path, 1, p)
+    p.send_signal(signal.SIGINT)
+    _,err = p.communicate()
+    assert p.returncode==130 and 'the same command goes on' in err and 'Traceback' not in err
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from adverfine.cli import main\ntry: main(['study', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+
+def test_extended_not_repeated(tmp_path):
+    first = Study('digits', out=tmp_path, **dict(tiny, levels=(.3,), bits=())).run(progress=False)
+    stamp = {f: f.stat().st_mtime_ns for f in (tmp_path/'cells').iterdir()}
+    more = Study('digits', out=tmp_path, **tiny)
+    assert len(more.run(progress=False))==12
+    assert all(f.stat().st_mtime_ns==t for f,t in stamp.items())
+    df = pd.read_csv(tmp_path/'results.csv')
+    assert list(df.columns)=='data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs bytes latency_ms seconds'.split()
+    assert (df.robust<=df.clean).all() and df.notna().all().all()
+    files = write_report(more)
+    assert all(f.stat().st_size for f in files.values())
+    for bad in (dict(eps=.2), dict(steps=4), dict(n_test=50)):
+        with pytest.raises(ValueError, match='holds another study'): Study('digits', out=tmp_path, **{**tiny, **bad}).run(progress=False)
+
+def test_damaged_files_are_named(tmp_path):
+    study = Study('digits', out=tmp_path, **dict(tiny, levels=(), bits=()))
+    study.run(progress=False)
+    cell = next((tmp_path/'cells').iterdir())
+    good = cell.read_text(); cell.write_text(good[:30])
+    with pytest.raises(ValueError, match=cell.name): study.run(progress=False)
+    cell.unlink()
+    parent = next((tmp_path/'parents').iterdir())
+    parent.write_bytes(parent.read_bytes()[:100])
+    with pytest.raises(ValueError, match=parent.name): study.run(progress=False)
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    f = tmp_path/'results.csv'
+    write_atomic(f, 'old')
+    def full(fd): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'): write_atomic(f, 'new')
+    assert f.read_text()=='old' and list(tmp_path.iterdir())==[f]
+
+def test_parents_and_seeds(tmp_path):
+    study = Study('digits', out=tmp_path, parents=('standard', 'adversarial'), seeds=(0, 1), **dict(tiny, levels=(.5,), bits=(8,), fine_tunings=('adversarial',)))
+    df = study.run(progress=False)
+    assert len(df)==12 and len(list((tmp_path/'parents').iterdir()))==4
+    assert '±' in accuracy_table(df).to_string()
+    assert len(plot_study(df).axes)==4
+
+@pytest.mark.parametrize('fine_tunings', [('none',), ('standard',)])
+def test_any_part_of_the_grid_can_be_drawn(tmp_path, fine_tunings):
+    study = Study('digits', out=tmp_path, **dict(tiny, levels=(), bits=(), fine_tunings=fine_tunings))
+    study.run(progress=False)
+    write_report(study)

@@ -53,7 +53,7 @@ class RobustnessReport:
                 + ''.join(f'<tr><td>{k}</td><td>{v:.4f}</td><td>{ci:.4f}</td></tr>' for k,v,ci in rows)
                 + f'</table><p>{self.n} images, {self.threat}, {self.seconds:.1f} s</p>')
 
-# %% ../nbs/08_evaluation.ipynb #0d644769
+# %% ../nbs/08_evaluation.ipynb #cc615ccf
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes)
@@ -80,7 +80,7 @@ def evaluate(
         stands = torch.cat([right(*batch(i)).cpu() for i in torch.arange(len(x)).split(bs)])
         clean,left = stands.sum().item()/len(x),{}
         for attack in attacks:
-            for i in tqdm(stands.nonzero()[:,0].split(bs), desc=attack.name, leave=False, delay=3):
+            for i in tqdm([o for o in stands.nonzero()[:,0].split(bs) if len(o)], desc=attack.name, leave=False, delay=3):
                 xb,yb = batch(i)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_adv = attack(model, xb.contiguous(memory_format=torch.channels_last) if bf16 else xb, yb, generator).float()

@@ -16,22 +16,22 @@ from fastcore.basics import patch
 from fastai.learner import Learner
 from .models import *
 
-# %% ../nbs/06_quantization.ipynb #29e5b8b2
+# %% ../nbs/06_quantization.ipynb #bc971f33
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, step, lo, hi, offset, scale):
+    def forward(ctx, x, step, lo, hi, offset, scale, through):
         ctx.save_for_backward(x, step)
-        ctx.codes,ctx.scale = (lo, hi, offset),scale
+        ctx.codes,ctx.scale,ctx.through = (lo, hi, offset),scale,through
         return _codes(x, step, lo, hi, offset).mul_(step)
 
     @staticmethod
     def backward(ctx, grad):
         (x,step),(lo,hi,offset) = ctx.saved_tensors,ctx.codes
         v = x/step
-        grad_x = torch.ops.aten.hardtanh_backward(grad, v, lo-.5+offset, hi+.5+offset)
-        if not ctx.needs_input_grad[1]: return grad_x,None,None,None,None,None
-        d = grad*_codes(x, step, lo, hi, offset) - grad_x*v
-        return grad_x,d.float().sum_to_size(step.shape)*ctx.scale,None,None,None,None
+        masked = torch.ops.aten.hardtanh_backward(grad, v, lo-.5+offset, hi+.5+offset)
+        grad_x,grad_step = grad if ctx.through else masked,None
+        if ctx.needs_input_grad[1]: grad_step = (grad*_codes(x, step, lo, hi, offset) - masked*v).float().sum_to_size(step.shape)*ctx.scale
+        return grad_x,grad_step,None,None,None,None,None
 
 def _codes(x, step, lo, hi, offset):
     "`c + o`, in one new tensor: on a processor, what costs is memory"
@@ -54,10 +54,11 @@ class Quantizer(nn.Module):
         bits:int, # 16, 8, 4, 2 or 1
         signed:bool=True, # Codes on both sides of zero? Otherwise from zero up
         symmetric:bool=False, # As many codes below zero as above, as weights want it
+        through:bool=False, # Let the gradient pass also where values are clipped?
     ):
         super().__init__()
         check_bits(bits)
-        self.bits,self.signed = bits,signed
+        self.bits,self.signed,self.through = bits,signed,through
         if not signed: self.lo,self.hi,self.offset = 0,2**bits-1,0.
         elif bits==1: self.lo,self.hi,self.offset = -1,0,.5
         else: self.lo,self.hi,self.offset = -2**(bits-1)+symmetric,2**(bits-1)-1,0.
@@ -74,7 +75,7 @@ class Quantizer(nn.Module):
     def forward(self, x):
         step = self.step
         shared = x.numel()/step.numel() if step.dim() else x[0].numel()
-        return _Round.apply(x, step, self.lo, self.hi, self.offset, shared**-self.tempering)
+        return _Round.apply(x, step, self.lo, self.hi, self.offset, shared**-self.tempering, self.through)
 
     def extra_repr(self): return f"bits={self.bits}, codes {self.lo} to {self.hi}" + (f" plus {self.offset}" if self.offset else '')
 
@@ -94,7 +95,7 @@ def best_step(
         best,least = torch.where(error<least, step, best),torch.minimum(error, least)
     return best
 
-# %% ../nbs/06_quantization.ipynb #3617deda
+# %% ../nbs/06_quantization.ipynb #2bffc663
 class _QuantLayer:
     "What the quantized layers have in common"
     def storage_bytes(self):
@@ -113,9 +114,10 @@ _twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _floats = {v: k for k,v in _twins.items()}
 
 class _Sample:
-    "Hook that gathers a sample of what a layer is fed"
-    def __init__(self, size=2**16): self.size,self.seen,self.top,self.signed = size,[],0.,False
+    "Hook that gathers a sample of what a layer is fed, and notes in `ran` that it ran"
+    def __init__(self, ran, size=2**16): self.ran,self.size,self.seen,self.top,self.signed = ran,size,[],0.,False
     def __call__(self, m, inputs):
+        self.ran.append(m)
         x = inputs[0].detach().float().flatten()
         if not torch.isfinite(x).all(): raise ValueError("calibration images lead to NaN or infinite values: look at them with torch.isfinite")
         self.seen.append(x[torch.randint(len(x), (self.size,), generator=torch.Generator().manual_seed(0)).to(x.device)])
@@ -131,7 +133,8 @@ def quantize(
     check_bits(bits)
     layers = [m for m in model.modules() if type(m) in _twins or type(m) in _floats]
     if not layers: raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
-    samples = {m: _Sample() for m in layers}
+    ran = []
+    samples = {m: _Sample(ran) for m in layers}
     hooks = [m.register_forward_pre_hook(s) for m,s in samples.items()]
     classes = {m: type(m) for m in layers}
     try:
@@ -141,19 +144,19 @@ def quantize(
     finally:
         for h in hooks: h.remove()
         for m,cls in classes.items(): m.__class__ = cls
-    return {m.weight: new for m,s in samples.items() if s.seen and (new := _swap(m, bits, s))}
+    return {m.weight: new for m,s in samples.items() if s.seen and (new := _swap(m, bits, s, through=m is ran[0]))}
 
-def _swap(m, bits, sample):
+def _swap(m, bits, sample, through):
     "Make `m` its twin, or give the twin that it is other bits; the steps that are new"
     old = (m.w_quant, m.x_quant) if isinstance(m, _QuantLayer) else ()
-    m.w_quant,m.x_quant = (Quantizer(bits, **kw).to(m.weight.device) for kw in (dict(symmetric=True), dict(signed=sample.signed)))
+    m.w_quant,m.x_quant = (Quantizer(bits, **kw).to(m.weight.device) for kw in (dict(symmetric=True), dict(signed=sample.signed, through=through)))
     for q,was in zip((m.w_quant, m.x_quant), old): q.log_gain = was.log_gain
     m.w_quant.begin(best_step(m.weight.detach().flatten(1), m.w_quant).view(-1, *[1]*(m.weight.dim()-1)))
     m.x_quant.begin(best_step(sample.values(), m.x_quant)[0])
     m.__class__ = _twins.get(type(m), type(m))
     return () if old else (m.w_quant.log_gain, m.x_quant.log_gain)
 
-# %% ../nbs/06_quantization.ipynb #8667bb2a
+# %% ../nbs/06_quantization.ipynb #b0298031
 @patch
 def quantize(self:Learner,
     bits:int, # 16, 8, 4, 2 or 1, for weights and for the inputs of layers

@@ -75,7 +75,7 @@ def check_images(
     raise ValueError(f"images must be pixels in [0,1], but these reach from {lo:.4g} to {hi:.4g}: divide bytes by 255, "
                      "and normalise with fastai's Normalize, which is undone by itself")
 
-# %% ../nbs/00_threat.ipynb #294d0d5a
+# %% ../nbs/00_threat.ipynb #d53b5d47
 @patch
 def steepest(self:ThreatModel, grad:Tensor) -> Tensor:
     "The direction of length 1 in this norm along which a loss with gradient `grad` (N,C,H,W) rises fastest"
@@ -86,12 +86,11 @@ def random_start(self:ThreatModel,
     x:Tensor, # Clean images (N,C,H,W)
     generator:torch.Generator|None=None, # Where the randomness comes from; default: torch's own
 ) -> Tensor:
-    "Images drawn uniformly from the ball around `x`, then kept in the pixel range"
+    "Images drawn at random from the ball around `x`, then kept in the pixel range"
     kw = dict(generator=generator, device=x.device, dtype=x.dtype)
     if self.norm=='linf': d = (torch.rand(x.shape, **kw)*2-1)*self.eps
     else:
-        d = self.steepest(torch.randn(x.shape, **kw))
-        d = d*self.eps*torch.rand(len(x), 1, 1, 1, **kw)**(1/x[0].numel())
+        d = self.steepest(torch.randn(x.shape, **kw))*self.eps*torch.rand(len(x), 1, 1, 1, **kw)
     return self.project(x+d, x)
 
 # %% ../nbs/00_threat.ipynb #604864f4

@@ -2,9 +2,7 @@
 from functools import partial
 import pytest, torch
 from torch import nn
-from fastai.learner import Learner
-from fastai.callback.core import Callback
-from fastai.optimizer import SGD, Adam, OptimWrapper
+from fastai.vision.all import Learner, SGD, Adam, OptimWrapper
 from adverfine.adversarial import *
 from adverfine.attacks import *
 from adverfine.cost import *

@@ -47,7 +47,7 @@ def _parser():
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/12_cli.ipynb #43d47373
+# %% ../nbs/12_cli.ipynb #fd7907bb
 def _study(args):
     from adverfine.study import Study
     from adverfine.report import accuracy_table, write_report
@@ -58,8 +58,9 @@ def _study(args):
         print(f'\nStopped. {len(study.results())} of {len(study.cells())} cells are finished and kept in {study.out}; the same command goes on from there.', file=sys.stderr)
         return 130
     files = write_report(study)
+    print('Clean / robust accuracy in percent, by fine-tuning\n')
     print(accuracy_table(df).to_string(index=False))
-    print(f"\n{df.attack[0]}, {study.attack.threat}, {df.n[0]} test images. Robust: right clean and attacked, in percent.")
+    print(f"\n{df.attack[0]}, {study.attack.threat}, {df.n[0]} test images. Robust: right clean and attacked.")
     for name,path in files.items(): print(f'{name:12} {path}')
 
 def _bench(args):

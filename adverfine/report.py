@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .study import *
 from .study import write_atomic
 
-# %% ../nbs/10_report.ipynb #9a498850
+# %% ../nbs/10_report.ipynb #ecaeded5
 def accuracy_table(
     df:pd.DataFrame, # A study's results
 ) -> pd.DataFrame: # One row a parent, compression and level; clean and robust accuracy for each fine-tuning
@@ -30,9 +30,10 @@ def accuracy_table(
     order = df[keys[:3]].drop_duplicates().apply(tuple, axis=1)
     res = text.join(price).loc[list(order)].reset_index()
     res['level'] = [_level(c, l) for c,l in zip(res.compression, res.level)]
-    return res.fillna('').rename(columns={k: f'{v}: clean / robust' for k,v in _tunings.items()} | dict(macs='MACs'))
+    for k in ('macs', 'bytes'): res[k] = res[k].map('{:,}'.format)
+    return res.fillna('').rename(columns=_tunings | dict(macs='MACs'))
 
-_tunings = dict(none='no fine-tuning', standard='standard', adversarial='adversarial')
+_tunings = dict(none='not fine-tuned', standard='standard', adversarial='adversarial')
 def _level(compression, level): return dict(none='', prune=f'{level:.0%} of channels', quantize=f'{level:g} bit' + 's'*(level!=1))[compression]
 
 # %% ../nbs/10_report.ipynb #13c59f3c
@@ -70,7 +71,7 @@ def _panel(ax, df, kind):
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/10_report.ipynb #3dcce577
+# %% ../nbs/10_report.ipynb #4d0ea803
 def in_words(
     study:Study,
 ) -> str: # A paragraph
@@ -82,14 +83,14 @@ def in_words(
             + (", and the result must again be an image in [0,1]. " if a.clamp else "; as in the reference study the result may leave [0,1]. ")
             + f"It runs PGD with {a.steps} steps of {step:.4g} {start}. An image counts as robust only if the network is right about it both clean and attacked, so robust accuracy never exceeds clean accuracy. "
             f"Parents were trained for {study.epochs} epochs; fine-tuning took {study.fine_tune_epochs}, the adversarial one against PGD with {study.train_attack.steps} steps. "
-            "Choices were made on validation images cut from the training set; what is shown was measured on test images that nothing else touched. "
+            "The test images served for the final evaluation of each network and for nothing else; quantizers were calibrated on training images. "
             "Intervals are 95 % (Wilson) for the sampling of test images alone. "
             "Robust accuracy against one attack is an upper bound, for quantized networks especially: rounding can hide gradients from an attack that stronger ones would find. "
             "Quantized networks are differentiable twins in floating point: their bytes are what the integer network stores, their latency is the twin's own.")
 
 _css = """body{font:16px/1.5 system-ui,sans-serif;color:#223;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}h1{font-weight:600;margin-bottom:.2rem}p{max-width:46rem}
 img{max-width:100%}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin:.6rem 0 1.6rem}th{text-align:left;border-bottom:2px solid #99a;font-weight:600}
-td,th{padding:.28rem .7rem .28rem 0}td{border-bottom:1px solid #e4e6ee}tr:hover td{background:#f6f7fb}.wide{overflow-x:auto}.quiet{color:#667}summary{cursor:pointer}"""
+td,th{padding:.28rem 1.1rem .28rem 0;white-space:nowrap}td{border-bottom:1px solid #e4e6ee}tr:hover td{background:#f6f7fb}.wide{overflow-x:auto}.quiet{color:#667}summary{cursor:pointer}"""
 
 def _png(
     fig:Figure,
@@ -111,7 +112,7 @@ def write_report(
     html = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>adverfine: {escape(study.data)}</title><style>{_css}</style>"
             f"<h1>Compressed, then fine-tuned: {escape(study.data)}</h1><p class=quiet>adverfine study, {len(df)} cells" + (f", {missing} still to be measured" if missing else "") + "</p>"
             f"<img alt='Clean and robust accuracy against the level of compression' src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
-            f"<h2>What was measured</h2><p>{escape(in_words(study))}</p><h2>Accuracy in percent: clean / robust</h2><div class=wide>{accuracy_table(df).to_html(index=False, border=0)}</div>"
+            f"<h2>What was measured</h2><p>{escape(in_words(study))}</p><h2>Clean / robust accuracy in percent, by fine-tuning</h2><div class=wide>{accuracy_table(df).to_html(index=False, border=0)}</div>"
             f"<details><summary>Every cell</summary><div class=wide>{details.to_html(index=False, border=0)}</div></details></html>")
     files = {'results.csv': df.to_csv(index=False), 'figure.png': picture, 'report.html': html}
     for name,content in files.items(): write_atomic(study.out/name, content)

@@ -16,7 +16,7 @@ def readme(nb):
             texts += [''.join(o['data']['text/plain']) for o in c['outputs'] if 'text/plain' in o.get('data', {}) and 'image/png' not in o['data']]
             parts += ['\n'.join(f'    {l}' for l in t.rstrip().splitlines()) for t in texts]
     text = '\n\n'.join(parts) + '\n'
-    text = re.sub(r'\]\((images/[^)]+)\)', r'](nbs/\1)', text)
+    text = re.sub(r'\]\((?!https?:|#)([^)]+)\)', r'](nbs/\1)', text)
     return '<!-- Made from nbs/index.ipynb by tools/build_readme.py: edit there -->\n\n' + text
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from .threat import *
 from .models import *
 from .attacks import *
 
-# %% ../nbs/07_adversarial.ipynb #8ace478a
+# %% ../nbs/07_adversarial.ipynb #4c75d490
 class AdversarialTraining(Callback):
     "Replace each training batch by what `attack` makes of it; [arXiv 1706.06083](https://arxiv.org/abs/1706.06083)"
     order,run_valid = 20,False
@@ -25,11 +25,15 @@ class AdversarialTraining(Callback):
     ): self.attack = attack
 
     def before_batch(self):
-        space = pixel_space(self.dl)
+        space = _space(self.learn)
         x_adv = self.attack(space.wrap(self.model), space.to_pixels(self.xb[0]), self.yb[0])
         self.learn.xb = (space.from_pixels(x_adv), *self.xb[1:])
 
-# %% ../nbs/07_adversarial.ipynb #a2531a97
+def _space(learn):
+    "The pixel space of the batches in hand; where they come as a bare list, as in `show_results`, that of the Learner's DataLoaders"
+    return pixel_space(learn.dl if hasattr(learn.dl, 'after_batch') else learn.dls)
+
+# %% ../nbs/07_adversarial.ipynb #f2ccb92e
 class RobustAccuracy(Metric):
     "Share of validation images that are right clean and under `attack`: a column of the training table"
     def __init__(self,
@@ -40,7 +44,7 @@ class RobustAccuracy(Metric):
     def reset(self): self.right,self.n,self.generator = 0,0,None
 
     def accumulate(self, learn):
-        space,y = pixel_space(learn.dl),learn.yb[0].as_subclass(Tensor)
+        space,y = _space(learn),learn.yb[0].as_subclass(Tensor)
         if self.generator is None: self.generator = torch.Generator(y.device).manual_seed(self.seed)
         x = space.to_pixels(learn.xb[0])
         stands = learn.pred.as_subclass(Tensor).argmax(1)==y

@@ -7,9 +7,10 @@ Docs: https://adverfine.github.io/adverfine/attacks.html.md"""
 # %% auto #0
 __all__ = ['Attack', 'logits_of', 'input_grad', 'FGSM', 'PGD', 'worst_of']
 
-# %% ../nbs/04_attacks.ipynb #45fca478
+# %% ../nbs/04_attacks.ipynb #1745be6f
 from dataclasses import dataclass, field
 from numbers import Integral
+from fastcore.basics import patch
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .threat import *
@@ -120,9 +121,7 @@ def worst_of(
             high = torch.maximum(score, high)
     return best
 
-# %% ../nbs/04_attacks.ipynb #fec27e18
-from fastcore.basics import patch
-
+# %% ../nbs/04_attacks.ipynb #817a8167
 @patch
 def show(self:Attack,
     model, # A callable from pixels to logits

@@ -8,7 +8,7 @@ Docs: https://adverfine.github.io/adverfine/data.html.md"""
 __all__ = ['fashion_vocab', 'cifar_vocab', 'GreyImage', 'ImageSet', 'BatchDL', 'SplitDataLoaders', 'image_dls', 'digits_dls',
            'read_idx', 'fashion_mnist_dls', 'RandomCropFlip', 'cifar10_dls']
 
-# %% ../nbs/01_data.ipynb #de2ffa5a
+# %% ../nbs/01_data.ipynb #d1114f75
 import gzip, os, pickle, struct, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np, torch
 from torch import Tensor
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.data.load import chunked
-from fastai.data.transforms import Category, IntToFloatTensor, Normalize
+from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorImage, TensorCategory, default_device
 import fastai.vision.data  # how to show image batches
@@ -25,7 +25,7 @@ from fastcore.meta import delegates
 from fastcore.xtras import is_listy
 from .threat import check_images
 
-# %% ../nbs/01_data.ipynb #116a1fc4
+# %% ../nbs/01_data.ipynb #78ee13b9
 class GreyImage(TensorImage):
     "A `TensorImage` of one channel, shown in grey"
     _show_args = dict(cmap='gray')
@@ -36,16 +36,17 @@ class ImageSet:
     def __init__(self, x, y, vocab, split_idx=None):
         x,y = torch.as_tensor(x),torch.as_tensor(y).long()
         if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
-        if x.dtype!=torch.uint8: check_images(x)
+        if x.dtype!=torch.uint8 and len(x): check_images(x)
         elif x.dim()!=4: raise ValueError(f"images must have the shape (N,C,H,W), not {tuple(x.shape)}: grey images need a channel axis, x[:,None]")
         if len(y) and not 0<=y.min()<=y.max()<len(vocab):
             raise ValueError(f"labels run from {y.min()} to {y.max()}, but {len(vocab)} classes need labels 0 to {len(vocab)-1}")
-        self.x,self.y,self.vocab,self.split_idx = x,y,list(vocab),split_idx
+        self.x,self.y,self.vocab,self.split_idx = x,y,CategoryMap(vocab, sort=False),split_idx
 
     @property
     def c(self): return len(self.vocab)
     def __len__(self): return len(self.y)
     def __getitem__(self, i): return (GreyImage if self.x.shape[1]==1 else TensorImage)(self.x[i]),TensorCategory(self.y[i])
+    def new_empty(self): return ImageSet(self.x[:0], self.y[:0], self.vocab, self.split_idx)
     def decode(self, item, full=True):
         x,y = item
         return x,Category(self.vocab[int(y)])

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study.html.md"""
 # %% auto #0
 __all__ = ['Cell', 'bf16_is_fast', 'Study', 'write_atomic']
 
-# %% ../nbs/09_study.ipynb #ab98f2cd
+# %% ../nbs/09_study.ipynb #7aac058d
 import json, os, random, time, zlib
 from dataclasses import dataclass, fields, asdict, replace
 from functools import partial
@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
+from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.learner import Learner
@@ -134,7 +135,7 @@ class Study:
         compressions = [('none', 0), *(('prune', o) for o in self.levels), *(('quantize', o) for o in self.bits)]
         return [Cell(self.data, s, p, c, l, f) for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../nbs/09_study.ipynb #dd0dd16b
+# %% ../nbs/09_study.ipynb #d5b1ae17
 def write_atomic(
     path, # File to write
     content, # str or bytes
@@ -155,8 +156,6 @@ def _load(path):
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
 
 _columns = ('data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs bytes latency_ms seconds').split()
-
-from fastcore.basics import patch
 
 @patch
 def claim(self:Study):
@@ -236,7 +235,7 @@ def _passes(self:Study, kind):
     "Forward-sized passes that training on one image costs: forward, two gradients; while crafting, forward and one gradient a step"
     return 3 + (2*self.train_steps if kind=='adversarial' else 0)
 
-# %% ../nbs/09_study.ipynb #047549ab
+# %% ../nbs/09_study.ipynb #73c49f0c
 @patch
 def _work(self:Study, n_train, n_test):
     "Passes that each thing still to be done will take: parents and cells"
@@ -251,8 +250,9 @@ def run(self:Study,
 ) -> pd.DataFrame: # One row a cell; also in `results.csv` in the output folder
     "Measure every cell that is not there yet; call it again after an interruption and it goes on"
     kw = dict(path=self.path, download=self.download) if self.data!='digits' else {}
-    self.claim()
     dls = _loaders[self.data](bs=self.bs, normalize=(.5,.5), n_train=self.n_train, n_test=self.n_test, **kw)
+    if self.levels: prune(_networks[self.data](), max(self.levels), dls.test.one_batch()[0][:2].cpu())     # whether it can be done, before hours have passed
+    self.claim()
     todo = [c for c in self.cells() if not (self.out/'cells'/f'{c.name}.json').exists()]
     with tqdm(total=self._work(len(dls.train.dataset), len(dls.test.dataset)), disable=not progress, smoothing=0, leave=False,
               bar_format='{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}') as bar:

@@ -7,8 +7,9 @@ Docs: https://adverfine.github.io/adverfine/threat.html.md"""
 # %% auto #0
 __all__ = ['ThreatModel', 'check_images', 'PixelSpace', 'PixelModel', 'pixel_space']
 
-# %% ../nbs/00_threat.ipynb #fe3e056c
+# %% ../nbs/00_threat.ipynb #e8a04e6d
 from dataclasses import dataclass
+from fastcore.basics import patch
 from fastai.data.core import TfmdDL
 from fastai.data.transforms import Normalize
 import torch
@@ -35,9 +36,7 @@ _norms = dict(linf='l-inf', l2='l2')
 
 def _per_image(t): return t.flatten(1).norm(dim=1).view(-1, *[1]*(t.dim()-1))
 
-# %% ../nbs/00_threat.ipynb #adadecf7
-from fastcore.basics import patch
-
+# %% ../nbs/00_threat.ipynb #40b257a2
 @patch
 def distance(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
     "How far each image of `x_adv` is from `x` in this norm, shape (N,)"

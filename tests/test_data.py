@@ -92,3 +92,18 @@ def test_bytes_and_floats_are_the_same_images():
     y = torch.arange(10); b = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
     x1,x2 = (image_dls((o, y), (o, y), bs=9).train.new(shuffle=False).one_batch()[0] for o in (b, b/255))
     assert torch.allclose(x1, x2)
+
+def test_fastai_finds_its_way(tmp_path):
+    "What fastai does with any image data: show, predict, interpret, export"
+    from fastai.vision.all import ClassificationInterpretation, Learner
+    from adverfine.adversarial import RobustAccuracy
+    from adverfine.attacks import PGD
+    from adverfine.models import cnn8
+    learn = Learner(digits_dls(normalize=(.5,.5), n_train=200), cnn8(size=8), metrics=RobustAccuracy(PGD(.1, steps=1)), path=tmp_path)
+    learn.dls.show_batch()
+    with learn.no_bar():
+        learn.show_results()
+        assert [len(o) for o in learn.get_preds(ds_idx=2)]==[500, 500]
+        assert ClassificationInterpretation.from_learner(learn).confusion_matrix().shape==(10, 10)
+    learn.export('m.pkl')
+    assert (tmp_path/'m.pkl').exists()

@@ -53,7 +53,7 @@ class RobustnessReport:
                 + ''.join(f'<tr><td>{k}</td><td>{v:.4f}</td><td>{ci:.4f}</td></tr>' for k,v,ci in rows)
                 + f'</table><p>{self.n} images, {self.threat}, {self.seconds:.1f} s</p>')
 
-# %% ../nbs/08_evaluation.ipynb #cc615ccf
+# %% ../nbs/08_evaluation.ipynb #f2259e1d
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes)
@@ -63,6 +63,7 @@ def evaluate(
     bs:int=256, # Images at a time
     seed:int=0, # Of the attacks' random starts
     bf16:bool=False, # Craft in bfloat16?
+    progress:bool=True, # Show a progress bar if it takes more than three seconds?
 ) -> RobustnessReport:
     "Clean and robust accuracy of `model`: right clean and under every attack"
     attacks,start = tuple(L(attacks)),time.perf_counter()
@@ -80,7 +81,7 @@ def evaluate(
         stands = torch.cat([right(*batch(i)).cpu() for i in torch.arange(len(x)).split(bs)])
         clean,left = stands.sum().item()/len(x),{}
         for attack in attacks:
-            for i in tqdm([o for o in stands.nonzero()[:,0].split(bs) if len(o)], desc=attack.name, leave=False, delay=3):
+            for i in tqdm([o for o in stands.nonzero()[:,0].split(bs) if len(o)], desc=attack.name, leave=False, delay=3, disable=not progress):
                 xb,yb = batch(i)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_adv = attack(model, xb.contiguous(memory_format=torch.channels_last) if bf16 else xb, yb, generator).float()
@@ -92,7 +93,7 @@ def evaluate(
 
 def _unused(name, taken): return name if name not in taken else _unused(name+"'", taken)
 
-# %% ../nbs/08_evaluation.ipynb #bad9c8f7
+# %% ../nbs/08_evaluation.ipynb #a69fa8ed
 def pixels(
     dl, # A fastai DataLoader
 ) -> tuple: # Images (N,C,H,W) in [0,1] and labels (N,), on the CPU
@@ -104,12 +105,14 @@ def pixels(
 @patch
 def robustness(self:Learner,
     attacks, # One `Attack` or several, all under one threat model
-    n:int=None, # Only the first so many images
+    n:int=None, # Only so many images, drawn at random
     dl=None, # DataLoader to take them from; default: the test set if there is one, else valid
-    **kwargs, # `bs`, `seed` and `bf16` of `evaluate`
+    seed:int=0, # Of that draw and of the attacks' random starts
+    **kwargs, # `bs`, `bf16` and `progress` of `evaluate`
 ) -> RobustnessReport:
     "Clean and robust accuracy of this Learner's network: right clean and under every attack"
     if dl is None: dl = self.dls[min(2, len(self.dls.loaders)-1)]
     x,y = pixels(dl)
     if n is not None and not 1<=n<=len(x): raise ValueError(f"n={n}: there are {len(x)} images")
-    return evaluate(pixel_space(dl).wrap(self.model), x[:n], y[:n], attacks, **kwargs)
+    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    return evaluate(pixel_space(dl).wrap(self.model), x[some], y[some], attacks, seed=seed, **kwargs)

@@ -79,7 +79,7 @@ class Quantizer(nn.Module):
 
     def extra_repr(self): return f"bits={self.bits}, codes {self.lo} to {self.hi}" + (f" plus {self.offset}" if self.offset else '')
 
-# %% ../nbs/06_quantization.ipynb #1cbd2290
+# %% ../nbs/06_quantization.ipynb #3a0b4e78
 @torch.no_grad()
 def best_step(
     x:Tensor, # Values to be rounded, (channels, n): one step for each row
@@ -90,8 +90,8 @@ def best_step(
     best,least = top,torch.full_like(top, float('inf'))
     for r in torch.logspace(0, -1.7, 48):
         step = top*r
-        q = (torch.round(x/step[:,None]-quantizer.offset).clamp_(quantizer.lo, quantizer.hi)+quantizer.offset)*step[:,None]
-        error = (q-x).square().mean(1)
+        q = _codes(x, step[:,None], quantizer.lo, quantizer.hi, quantizer.offset).mul_(step[:,None])
+        error = q.sub_(x).square_().mean(1)
         best,least = torch.where(error<least, step, best),torch.minimum(error, least)
     return best
 

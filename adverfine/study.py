@@ -7,8 +7,8 @@ Docs: https://adverfine.github.io/adverfine/study.html.md"""
 # %% auto #0
 __all__ = ['Cell', 'bf16_is_fast', 'Study', 'write_atomic']
 
-# %% ../nbs/09_study.ipynb #7aac058d
-import json, os, random, time, zlib
+# %% ../nbs/09_study.ipynb #1391bfd4
+import json, os, random, sys, time, zlib
 from dataclasses import dataclass, fields, asdict, replace
 from functools import partial
 from pathlib import Path
@@ -175,7 +175,7 @@ def results(self:Study) -> pd.DataFrame:
     done = [_load(f) for c in self.cells() if (f := self.out/'cells'/f'{c.name}.json').exists()]
     return pd.DataFrame(done, columns=_columns)
 
-# %% ../nbs/09_study.ipynb #eeb9e6c2
+# %% ../nbs/09_study.ipynb #f7358a26
 class _Tick(Callback):
     "Tell a progress bar of each training batch"
     def __init__(self, tick): self.tick = tick
@@ -223,7 +223,7 @@ def measure(self:Study,
         if cell.compression=='prune': learn.prune(cell.level)
         if cell.compression=='quantize': learn.quantize(cell.level)
         if cell.fine_tuning!='none': self._train(learn, cell.fine_tuning, self.fine_tune_epochs, self.fine_tune_lr, partial(tick, passes=self._passes(cell.fine_tuning)))
-        report = learn.robustness(self.attack, dl=dls.test, bf16=self.bf16)
+        report = learn.robustness(self.attack, dl=dls.test, bf16=self.bf16, progress=sys.stderr.isatty())
     tick(report.n, passes=1+2*self.steps)
     taken = time.perf_counter()-start + (seconds if cell.compression==cell.fine_tuning=='none' else 0)
     example = dls.test.one_batch()[0][:64]
@@ -235,7 +235,7 @@ def _passes(self:Study, kind):
     "Forward-sized passes that training on one image costs: forward, two gradients; while crafting, forward and one gradient a step"
     return 3 + (2*self.train_steps if kind=='adversarial' else 0)
 
-# %% ../nbs/09_study.ipynb #73c49f0c
+# %% ../nbs/09_study.ipynb #0a709880
 @patch
 def _work(self:Study, n_train, n_test):
     "Passes that each thing still to be done will take: parents and cells"
@@ -254,7 +254,7 @@ def run(self:Study,
     if self.levels: prune(_networks[self.data](), max(self.levels), dls.test.one_batch()[0][:2].cpu())     # whether it can be done, before hours have passed
     self.claim()
     todo = [c for c in self.cells() if not (self.out/'cells'/f'{c.name}.json').exists()]
-    with tqdm(total=self._work(len(dls.train.dataset), len(dls.test.dataset)), disable=not progress, smoothing=0, leave=False,
+    with tqdm(total=self._work(len(dls.train.dataset), len(dls.test.dataset)), disable=not progress, smoothing=0, leave=False, mininterval=.1 if sys.stderr.isatty() else 30,
               bar_format='{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}') as bar:
         for cell in todo:
             bar.set_postfix_str(f'{cell.name}, {len(todo)-todo.index(cell)} cells to go')

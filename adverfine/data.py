@@ -8,12 +8,13 @@ Docs: https://adverfine.github.io/adverfine/data.html.md"""
 __all__ = ['fashion_vocab', 'cifar_vocab', 'GreyImage', 'ImageSet', 'BatchDL', 'SplitDataLoaders', 'image_dls', 'digits_dls',
            'read_idx', 'fashion_mnist_dls', 'RandomCropFlip', 'cifar10_dls']
 
-# %% ../nbs/01_data.ipynb #d1114f75
+# %% ../nbs/01_data.ipynb #39ea25e1
 import gzip, os, pickle, struct, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.data.load import chunked
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
@@ -187,7 +188,7 @@ def _cifar_batches(folder):
     parts = [[_cifar_batch(folder/o) for o in names] for names in ([f'data_batch_{i}' for i in range(1,6)], ['test_batch'])]
     return [tuple(map(np.concatenate, zip(*o))) for o in parts]
 
-# %% ../nbs/01_data.ipynb #9cf40ffa
+# %% ../nbs/01_data.ipynb #f1f45bf2
 def _read_image(path):
     from PIL import Image, UnidentifiedImageError
     try:
@@ -198,7 +199,8 @@ def _image_folder(folder, vocab):
     "Images and labels of `folder/<class>/*`, decoded by as many threads as there are cores"
     files = [(f,i) for i,c in enumerate(vocab) for f in sorted((folder/c).iterdir())]
     if not files: raise ValueError(f"{folder} holds no images: fetch it again")
-    with ThreadPoolExecutor(os.cpu_count()) as ex: x = list(ex.map(_read_image, (f for f,_ in files)))
+    with ThreadPoolExecutor(os.cpu_count()) as ex:
+        x = list(tqdm(ex.map(_read_image, (f for f,_ in files)), total=len(files), desc=f'Reading {folder.name}', delay=2, leave=False))
     odd = next((f for (f,_),o in zip(files, x) if o.shape!=x[0].shape), None)
     if odd: raise ValueError(_damaged(odd, f'it is not of the size {x[0].shape[1:]} of the others'))
     return np.stack(x),np.array([i for _,i in files])

@@ -175,7 +175,7 @@ def results(self:Study) -> pd.DataFrame:
     done = [_load(f) for c in self.cells() if (f := self.out/'cells'/f'{c.name}.json').exists()]
     return pd.DataFrame(done, columns=_columns)
 
-# %% ../nbs/09_study.ipynb #f7358a26
+# %% ../nbs/09_study.ipynb #f40952eb
 class _Tick(Callback):
     "Tell a progress bar of each training batch"
     def __init__(self, tick): self.tick = tick
@@ -226,7 +226,7 @@ def measure(self:Study,
         report = learn.robustness(self.attack, dl=dls.test, bf16=self.bf16, progress=sys.stderr.isatty())
     tick(report.n, passes=1+2*self.steps)
     taken = time.perf_counter()-start + (seconds if cell.compression==cell.fine_tuning=='none' else 0)
-    example = dls.test.one_batch()[0][:64]
+    example = dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)
     return dict(asdict(cell), **{k: getattr(report, k) for k in 'clean robust clean_ci robust_ci n'.split()}, attack=self.attack.name, eps=self.eps,
                 **asdict(cost(learn.model, example)), seconds=round(taken, 3))
 
@@ -235,7 +235,7 @@ def _passes(self:Study, kind):
     "Forward-sized passes that training on one image costs: forward, two gradients; while crafting, forward and one gradient a step"
     return 3 + (2*self.train_steps if kind=='adversarial' else 0)
 
-# %% ../nbs/09_study.ipynb #0a709880
+# %% ../nbs/09_study.ipynb #df0721ac
 @patch
 def _work(self:Study, n_train, n_test):
     "Passes that each thing still to be done will take: parents and cells"
@@ -251,7 +251,7 @@ def run(self:Study,
     "Measure every cell that is not there yet; call it again after an interruption and it goes on"
     kw = dict(path=self.path, download=self.download) if self.data!='digits' else {}
     dls = _loaders[self.data](bs=self.bs, normalize=(.5,.5), n_train=self.n_train, n_test=self.n_test, **kw)
-    if self.levels: prune(_networks[self.data](), max(self.levels), dls.test.one_batch()[0][:2].cpu())     # whether it can be done, before hours have passed
+    if self.levels: prune(_networks[self.data](), max(self.levels), dls.valid.one_batch()[0][:1].cpu())     # whether it can be done, before hours have passed
     self.claim()
     todo = [c for c in self.cells() if not (self.out/'cells'/f'{c.name}.json').exists()]
     with tqdm(total=self._work(len(dls.train.dataset), len(dls.test.dataset)), disable=not progress, smoothing=0, leave=False, mininterval=.1 if sys.stderr.isatty() else 30,

@@ -135,7 +135,7 @@ class Study:
         compressions = [('none', 0), *(('prune', o) for o in self.levels), *(('quantize', o) for o in self.bits)]
         return [Cell(self.data, s, p, c, l, f) for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../nbs/09_study.ipynb #d5b1ae17
+# %% ../nbs/09_study.ipynb #3f442e37
 def write_atomic(
     path, # File to write
     content, # str or bytes
@@ -149,6 +149,7 @@ def write_atomic(
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e
     finally: tmp.unlink(missing_ok=True)
 
 def _load(path):
@@ -175,7 +176,7 @@ def results(self:Study) -> pd.DataFrame:
     done = [_load(f) for c in self.cells() if (f := self.out/'cells'/f'{c.name}.json').exists()]
     return pd.DataFrame(done, columns=_columns)
 
-# %% ../nbs/09_study.ipynb #f40952eb
+# %% ../nbs/09_study.ipynb #ac5799a7
 class _Tick(Callback):
     "Tell a progress bar of each training batch"
     def __init__(self, tick): self.tick = tick
@@ -222,9 +223,9 @@ def measure(self:Study,
         learn.model.to(dls.device)
         if cell.compression=='prune': learn.prune(cell.level)
         if cell.compression=='quantize': learn.quantize(cell.level)
-        if cell.fine_tuning!='none': self._train(learn, cell.fine_tuning, self.fine_tune_epochs, self.fine_tune_lr, partial(tick, passes=self._passes(cell.fine_tuning)))
+        if cell.fine_tuning!='none': self._train(learn, cell.fine_tuning, self.fine_tune_epochs, self.fine_tune_lr, partial(tick, passes=_pace(cell)*self._passes(cell.fine_tuning)))
         report = learn.robustness(self.attack, dl=dls.test, bf16=self.bf16, progress=sys.stderr.isatty())
-    tick(report.n, passes=1+2*self.steps)
+    tick(report.n, passes=_pace(cell)*(1+2*self.steps))
     taken = time.perf_counter()-start + (seconds if cell.compression==cell.fine_tuning=='none' else 0)
     example = dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)
     return dict(asdict(cell), **{k: getattr(report, k) for k in 'clean robust clean_ci robust_ci n'.split()}, attack=self.attack.name, eps=self.eps,
@@ -235,12 +236,17 @@ def _passes(self:Study, kind):
     "Forward-sized passes that training on one image costs: forward, two gradients; while crafting, forward and one gradient a step"
     return 3 + (2*self.train_steps if kind=='adversarial' else 0)
 
-# %% ../nbs/09_study.ipynb #df0721ac
+def _pace(cell):
+    "Roughly how long a pass takes, where the parent's is 1: fake quantizers double it, pruning shortens it"
+    return dict(none=1, prune=1-cell.level, quantize=2)[cell.compression]
+
+# %% ../nbs/09_study.ipynb #5291f48e
 @patch
 def _work(self:Study, n_train, n_test):
     "Passes that each thing still to be done will take: parents and cells"
     parents = {f'{c.parent}-seed{c.seed}': self.epochs*n_train*self._passes(c.parent) for c in self.cells()}
-    cells = {c.name: n_test*(1+2*self.steps) + (self.fine_tune_epochs*n_train*self._passes(c.fine_tuning) if c.fine_tuning!='none' else 0) for c in self.cells()}
+    def one(c): return _pace(c)*(n_test*(1+2*self.steps) + (self.fine_tune_epochs*n_train*self._passes(c.fine_tuning) if c.fine_tuning!='none' else 0))
+    cells = {c.name: one(c) for c in self.cells()}
     return (sum(v for k,v in parents.items() if not (self.out/'parents'/f'{k}.safetensors').exists())
             + sum(v for k,v in cells.items() if not (self.out/'cells'/f'{k}.json').exists()))
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .study import *
 from .study import write_atomic
 
-# %% ../nbs/10_report.ipynb #ecaeded5
+# %% ../nbs/10_report.ipynb #c81c8098
 def accuracy_table(
     df:pd.DataFrame, # A study's results
 ) -> pd.DataFrame: # One row a parent, compression and level; clean and robust accuracy for each fine-tuning
@@ -36,7 +36,7 @@ def accuracy_table(
 _tunings = dict(none='not fine-tuned', standard='standard', adversarial='adversarial')
 def _level(compression, level): return dict(none='', prune=f'{level:.0%} of channels', quantize=f'{level:g} bit' + 's'*(level!=1))[compression]
 
-# %% ../nbs/10_report.ipynb #13c59f3c
+# %% ../nbs/10_report.ipynb #3d316652
 def plot_study(
     df:pd.DataFrame, # A study's results
 ) -> Figure:
@@ -71,7 +71,7 @@ def _panel(ax, df, kind):
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/10_report.ipynb #4d0ea803
+# %% ../nbs/10_report.ipynb #6c1980d6
 def in_words(
     study:Study,
 ) -> str: # A paragraph

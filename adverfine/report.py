@@ -7,14 +7,13 @@ Docs: https://adverfine.github.io/adverfine/report.html.md"""
 # %% auto #0
 __all__ = ['accuracy_table', 'plot_study', 'in_words', 'write_report']
 
-# %% ../nbs/10_report.ipynb #40b285f5
+# %% ../nbs/10_report.ipynb #681a2b37
 import base64, io
 from html import escape
 from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 from .study import *
-from .study import write_atomic
 
 # %% ../nbs/10_report.ipynb #c81c8098
 def accuracy_table(
@@ -36,7 +35,7 @@ def accuracy_table(
 _tunings = dict(none='not fine-tuned', standard='standard', adversarial='adversarial')
 def _level(compression, level): return dict(none='', prune=f'{level:.0%} of channels', quantize=f'{level:g} bit' + 's'*(level!=1))[compression]
 
-# %% ../nbs/10_report.ipynb #3d316652
+# %% ../nbs/10_report.ipynb #a22ceb14
 def plot_study(
     df:pd.DataFrame, # A study's results
 ) -> Figure:
@@ -58,8 +57,7 @@ _labels = dict(prune='share of channels removed', quantize='bits of weights and 
 
 def _panel(ax, df, kind):
     df = df[df.compression.isin([kind, 'none'])]
-    levels = sorted(df.level.unique(), reverse=kind=='quantize')
-    if kind=='quantize': levels = sorted(levels, key=lambda o: -(o or 32))
+    levels = sorted(df.level.unique(), key=(lambda o: -(o or 32)) if kind=='quantize' else None)
     at = {l: (l if kind!='quantize' else i) for i,l in enumerate(levels)}
     for tuning,colour in _colours.items():
         g = df[df.fine_tuning==tuning].groupby('level')[['clean', 'robust', 'clean_ci', 'robust_ci']].mean().reindex(levels).dropna()

@@ -13,7 +13,6 @@ import gzip, os, pickle, struct, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.data.load import chunked

@@ -10,7 +10,6 @@ __all__ = ['accuracy_table', 'plot_study', 'in_words', 'write_report']
 # %% ../nbs/10_report.ipynb #681a2b37
 import base64, io
 from html import escape
-from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 from .study import *

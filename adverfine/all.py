@@ -5,6 +5,7 @@ from .data import *
 from .models import *
 from .cost import *
 from .attacks import *
+from .autoattack import *
 from .pruning import *
 from .quantization import *
 from .adversarial import *

@@ -36,7 +36,7 @@ _norms = dict(linf='l-inf', l2='l2')
 
 def _per_image(t): return t.flatten(1).norm(dim=1).view(-1, *[1]*(t.dim()-1))
 
-# %% ../nbs/00_threat.ipynb #40b257a2
+# %% ../nbs/00_threat.ipynb #acb8a404
 @patch
 def distance(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
     "How far each image of `x_adv` is from `x` in this norm, shape (N,)"
@@ -53,10 +53,11 @@ def project(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
     return x_adv.clamp(0, 1) if self.clamp else x_adv
 
 @patch
-def check(self:ThreatModel, x_adv:Tensor, x:Tensor):
+def check(self:ThreatModel, x_adv:Tensor, x:Tensor, who:str='the attack'):
     "Raise a `ValueError` if any image of `x_adv` is not one the adversary may choose for `x`"
+    if x_adv.shape!=x.shape: raise ValueError(f"{who} made images of shape {tuple(x_adv.shape)} from {tuple(x.shape)}")
     if not (far := self.distance(x_adv, x).max().item()) <= self.eps+1e-6:
-        raise ValueError(f"adversarial images are {far:.6g} away in {_norms[self.norm]}, but eps={self.eps}: the attack left its budget")
+        raise ValueError(f"adversarial images are {far:.6g} away in {_norms[self.norm]}, but eps={self.eps}: {who} left its budget")
     if self.clamp: check_images(x_adv)
 
 # %% ../nbs/00_threat.ipynb #40fc678b

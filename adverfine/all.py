@@ -9,6 +9,7 @@ from .autoattack import *
 from .pruning import *
 from .quantization import *
 from .adversarial import *
+from .guards import *
 from .evaluation import *
 from .study import *
 from .report import *

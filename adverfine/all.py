@@ -9,5 +9,6 @@ from .pruning import *
 from .quantization import *
 from .adversarial import *
 from .evaluation import *
+from .checkpoint import *
 from .study import *
 from .report import *

@@ -11,5 +11,6 @@ from .quantization import *
 from .adversarial import *
 from .guards import *
 from .evaluation import *
+from .checkpoint import *
 from .study import *
 from .report import *

@@ -9,10 +9,23 @@ __all__ = ['cnn8', 'resnet18_cifar', 'evaluating', 'frozen', 'bf16_is_fast', 'ad
 
 # %% ../nbs/02_models.ipynb #0bff5162
 from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 import torch
 from torch import nn, Tensor
 
 # %% ../nbs/02_models.ipynb #591c9a46
+def _remembered(factory):
+    "`factory`, whose networks say in `made_by` how they were made"
+    @wraps(factory)
+    def make(*args, **kwargs):
+        model,call = factory(*args, **kwargs),signature(factory).bind(*args, **kwargs)
+        call.apply_defaults()
+        model.made_by = dict(factory=f'adverfine.models.{factory.__name__}', kwargs=dict(call.arguments))
+        return model
+    return make
+
+@_remembered
 def cnn8(
     in_channels:int=1, # Channels of the images
     size:int=28, # Height and width of the images
@@ -30,6 +43,7 @@ def cnn8(
             nn.init.zeros_(m.bias)
     return model
 
+@_remembered
 def resnet18_cifar(
     n_out:int=10, # Number of classes
 ) -> nn.Module: # (N, 3, 32, 32) to logits (N, n_out)

@@ -12,6 +12,7 @@ import base64, io
 from html import escape
 import pandas as pd
 from matplotlib.figure import Figure
+from .checkpoint import *
 from .study import *
 
 # %% ../nbs/13_report.ipynb #c81c8098

@@ -1,4 +1,4 @@
-"""Clean and robust accuracy as a typed record that says under which threat it was measured
+"""Clean and robust accuracy as a report that says under which threat, with which attacks, and whether to believe it
 
 Docs: https://adverfine.github.io/adverfine/evaluation.html.md"""
 
@@ -7,10 +7,11 @@ Docs: https://adverfine.github.io/adverfine/evaluation.html.md"""
 # %% auto #0
 __all__ = ['half_width', 'RobustnessReport', 'evaluate', 'pixels']
 
-# %% ../nbs/10_evaluation.ipynb #75425316
-import time
-from dataclasses import dataclass
-import torch
+# %% ../nbs/10_evaluation.ipynb #2c59190a
+import base64, io, json, time
+from dataclasses import dataclass, field
+from html import escape
+import pandas as pd, torch
 from torch import nn, Tensor
 from tqdm.auto import tqdm
 from fastcore.basics import patch
@@ -19,8 +20,10 @@ from fastai.learner import Learner
 from .threat import *
 from .models import *
 from .attacks import *
+from .autoattack import *
+from .guards import *
 
-# %% ../nbs/10_evaluation.ipynb #19ad08d6
+# %% ../nbs/10_evaluation.ipynb #31dd0c85
 def half_width(
     p:float, # A share, 0 to 1
     n:int, # Of so many
@@ -29,10 +32,10 @@ def half_width(
     z = 1.959964
     return z/(1+z*z/n)*(p*(1-p)/n + z*z/(4*n*n))**.5
 
-# %% ../nbs/10_evaluation.ipynb #a4966808
+# %% ../nbs/10_evaluation.ipynb #c7818b25
 @dataclass(frozen=True)
 class RobustnessReport:
-    "What was measured, and under which threat"
+    "What was measured, under which threat, and whether to believe it"
     clean:float         # Share of images that the network gets right
     robust:float        # Share that it gets right clean and under every attack
     clean_ci:float      # Half-widths of the 95 % intervals
@@ -40,60 +43,194 @@ class RobustnessReport:
     n:int               # Number of images
     threat:ThreatModel  # What the adversary was allowed
     attacks:tuple       # The attacks, in the order in which they ran
-    left:dict           # Name of each attack: robust accuracy after it and all before it
+    left:dict           # Name of each attack or part of one: robust accuracy after it and all before it
     seconds:float       # How long it took
+    findings:tuple=()   # What the guards found
+    bf16:bool=False     # Crafted in bfloat16? Scores are float32 either way
+    labels:tuple=field(default=(), repr=False)     # Class of each image
+    outcomes:tuple=field(default=(), repr=False)   # Of each image: 'wrong' when clean, 'stands', or the name of the attack that it fell to
+    curve:dict=field(default_factory=dict, repr=False)  # eps: accuracy under PGD-10, on a sample
+    examples:tuple=field(default=(), repr=False)   # Images that fell furthest, as (clean, adversarial, label, prediction, attack)
+    vocab:tuple|None=field(default=None, repr=False)    # Names of the classes
+
+    @property
+    def reasons(self) -> tuple:
+        "Why not to trust it: what the guards flagged"
+        return tuple(f'{o.guard}: {o.says}' for o in self.findings if not o.ok)
+    @property
+    def verdict(self) -> str:
+        "'trusted' if no guard flagged anything"
+        return 'upper bound: possible gradient masking' if self.reasons else 'trusted'
+
+    def images(self) -> pd.DataFrame:
+        "One row an image: its label, whether it is right clean, after each attack and all before it, and in the end"
+        fell = {'wrong': -1, **{k: i for i,k in enumerate(self.left)}, 'stands': len(self.left)}
+        when = pd.Series([fell[o] for o in self.outcomes])
+        return pd.DataFrame(dict(label=self.labels, clean=when>=0, **{k: when>i for i,k in enumerate(self.left)}, robust=when==len(self.left)))
+
+    def per_class(self) -> pd.DataFrame:
+        "Number of images, clean and robust accuracy of each class"
+        df = self.images().groupby('label').agg(n=('clean', 'size'), clean=('clean', 'mean'), robust=('robust', 'mean'))
+        return df.rename(index=self._name).rename_axis('class')
+
+    def _name(self, label): return str(self.vocab[label]) if self.vocab is not None else str(label)
 
     def __str__(self):
         return (f"clean {self.clean:.4f} +-{self.clean_ci:.4f}, robust {self.robust:.4f} +-{self.robust_ci:.4f} "
-                f"({self.n} images; {', '.join(a.name for a in self.attacks)}; {self.threat})")
+                f"({self.n} images; {', '.join(a.name for a in self.attacks)}; {self.threat}); {self.verdict}" + ''.join(f"\n  {o}" for o in self.reasons))
 
-    def _repr_html_(self):
-        rows = [('clean', self.clean, self.clean_ci), *((f'after {k}', v, half_width(v, self.n)) for k,v in self.left.items())]
-        return ('<table><tr><th></th><th>accuracy</th><th>&plusmn; (95 %)</th></tr>'
-                + ''.join(f'<tr><td>{k}</td><td>{v:.4f}</td><td>{ci:.4f}</td></tr>' for k,v,ci in rows)
-                + f'</table><p>{self.n} images, {self.threat}, {self.seconds:.1f} s</p>')
+    def to_json(self,
+        path=None, # File to write, if any
+    ) -> str:
+        "Everything but the example images"
+        d = {k: getattr(self, k) for k in 'clean robust clean_ci robust_ci n left seconds bf16 verdict reasons labels outcomes curve vocab'.split()}
+        text = json.dumps(dict(d, threat=vars(self.threat), attacks=[dict(name=a.name, settings=repr(a)) for a in self.attacks],
+                               findings=[vars(o) for o in self.findings], per_class=self.per_class().reset_index().to_dict('records')), indent=1)
+        if path is not None:
+            with open(path, 'w') as f: f.write(text)
+        return text
 
-# %% ../nbs/10_evaluation.ipynb #f2259e1d
+# %% ../nbs/10_evaluation.ipynb #2e86cf74
+@patch
+def plot(self:RobustnessReport,
+    max_n:int=6, # Show so many images
+):
+    "Accuracy against epsilon, and the images that fell furthest"
+    from matplotlib.figure import Figure
+    shown = self.examples[:max_n]
+    fig = Figure(figsize=(4+1.15*max(len(shown), 1), 3), dpi=72, layout='constrained')
+    left,right = fig.subfigures(1, 2, width_ratios=[4, 1.15*max(len(shown), 1)])
+    ax = left.subplots()
+    eps = self.threat.eps
+    if self.curve: ax.plot(list(self.curve), list(self.curve.values()), 'o-', color='#4477aa', ms=3.5, lw=1.4, label='PGD-10, sample')
+    ax.errorbar([0], [self.clean], [self.clean_ci], fmt='D', ms=5, color='#228855', capsize=3, label='clean')
+    ax.errorbar([eps], [self.robust], [self.robust_ci], fmt='D', ms=5, color='#cc6644', capsize=3, label='robust')
+    ax.set(xlabel=f"eps ({'l-inf' if self.threat.norm=='linf' else 'l2'}, pixels)", ylabel='accuracy', ylim=(0, 1.03))
+    ax.grid(alpha=.25); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8)
+    for axcol,(x,x_adv,y,pred,attack) in zip(right.subplots(2, max(len(shown), 1), squeeze=False).T, shown):
+        for ax,im,title,colour in zip(axcol, (x, x_adv), (self._name(y), self._name(pred)), ('tab:green', 'tab:red')):
+            ax.imshow(im.clamp(0, 1).permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9, color=colour)
+        axcol[1].set_xlabel(attack.split(': ')[-1], fontsize=7)
+    if not shown: right.clear()
+    return fig
+
+@patch
+def to_html(self:RobustnessReport,
+    picture:bool=True, # Draw?
+) -> str:
+    "Verdict, table, guards and picture"
+    row = lambda *o: f"<tr>{''.join(f'<td>{c}</td>' for c in o)}</tr>"
+    acc = lambda p: (f'{p:.4f}', f'&plusmn;{half_width(p, self.n):.4f}')
+    table = ''.join([row('clean', *acc(self.clean)), *(row(f'after {k}', *acc(v)) for k,v in self.left.items())])
+    classes = self.per_class().map(lambda v: f'{v:.3f}' if isinstance(v, float) else v).reset_index().to_html(index=False, border=0)
+    buffer = io.BytesIO()
+    if picture: self.plot().savefig(buffer, format='png')
+    return (f"<p><b style='color:{'#b3541e' if self.reasons else '#1e7a46'}'>{self.verdict}</b></p>" + (f"<ul>{''.join(f'<li>{escape(o)}</li>' for o in self.reasons)}</ul>" if self.reasons else '')
+            + f"<table><tr><th></th><th>accuracy</th><th>95 %</th></tr>{table}</table>"
+            + (f"<img alt='Accuracy against epsilon, and the images that fell furthest' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>" if picture else '')
+            + f"<details><summary>{self.n} images, {self.threat}, {self.seconds:.1f} s{', crafted in bfloat16' if self.bf16 else ''}</summary>{classes}<ul>"
+            + ''.join(f"<li>{'' if o.ok else '<b>flagged</b> '}{o.guard}: {escape(o.says)} (limit {o.limit:g}; {escape(o.source)})</li>" for o in self.findings) + "</ul></details>")
+
+@patch
+def _repr_html_(self:RobustnessReport): return self.to_html()
+
+# %% ../nbs/10_evaluation.ipynb #24643c0e
 @torch.no_grad()
 def evaluate(
-    model, # A callable from pixels (N,C,H,W) to logits (N,classes)
+    model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
     x:Tensor, # Images in [0,1]
     y:Tensor, # Labels (N,)
     attacks, # One `Attack` or several, all under one threat model
     bs:int=256, # Images at a time
     seed:int=0, # Of the attacks' random starts
-    bf16:bool=False, # Craft in bfloat16?
+    bf16:bool=None, # Craft in bfloat16? Default: for modules, where the hardware is fast at it
+    thorough:bool=False, # Run all guards, on all images?
+    parent=None, # The network before compression, for a guard
+    twin=None, # Where `model` is deployed and has no gradients: its differentiable twin, on which attacks that need gradients craft
+    vocab=None, # Names of the classes
     progress:bool=True, # Show a progress bar if it takes more than three seconds?
 ) -> RobustnessReport:
     "Clean and robust accuracy of `model`: right clean and under every attack"
-    attacks,start = tuple(L(attacks)),time.perf_counter()
-    if not attacks: raise ValueError("attacks is empty: name at least one, for example PGD(eps=8/255)")
+    start,attacks = time.perf_counter(),_in_order(attacks)
     threat = attacks[0].threat
-    if odd := [a for a in attacks if a.threat!=threat]: raise ValueError(f"{odd[0]} is under another threat model ({odd[0].threat}) than the first attack ({threat}): evaluate them apart")
     x,y = (o.detach().as_subclass(Tensor) for o in (x, y))
     check_images(x)
     if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
-    device = next((p.device for p in model.parameters()), x.device) if isinstance(model, nn.Module) else x.device
+    module = isinstance(model, nn.Module)
+    device = next((p.device for p in model.parameters()), x.device) if module else x.device
+    if bf16 is None: bf16 = module and bf16_is_fast()
     generator = torch.Generator(device).manual_seed(seed)
-    right = lambda xb, yb: logits_of(model, xb, yb).argmax(1)==yb
+    n,left,examples,far = len(x),{},[],0.
     batch = lambda i: (x[i].to(device), y[i].to(device))
-    with evaluating(model):
-        stands = torch.cat([right(*batch(i)).cpu() for i in torch.arange(len(x)).split(bs)])
-        clean,left = stands.sum().item()/len(x),{}
-        for attack in attacks:
-            for i in tqdm([o for o in stands.nonzero()[:,0].split(bs) if len(o)], desc=attack.name, leave=False, delay=3, disable=not progress):
+    with tqdm(total=n, leave=False, delay=3, disable=not progress, bar_format='{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}') as bar, evaluating(model):
+        watched = _Watched(model, bar.update)
+        right = torch.cat([(logits_of(watched, *batch(i)).argmax(1)==y[i].to(device)).cpu() for i in torch.arange(n).split(bs)])
+        stands,outcomes = right.clone(),['stands' if o else 'wrong' for o in right]
+        todo = [(f'{a.name}: {p.name}' if len(a.parts)>1 else a.name, Transfer(p, twin) if twin is not None and p.white_box else p) for a in attacks for p in a.parts]
+        for k,(name,attack) in enumerate(todo):
+            name = _unused(name, left)
+            bar.total = bar.n + stands.sum().item()*sum(p.cost for _,p in todo[k:])
+            for i in _batches(stands, bs):
+                bar.set_postfix_str(f'{name}: {stands.sum()} of {n} images standing')
                 xb,yb = batch(i)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    x_adv = attack(model, xb.contiguous(memory_format=torch.channels_last) if bf16 else xb, yb, generator).float()
-                threat.check(x_adv, xb)
-                stands[i] = right(x_adv, yb).cpu()
-            left[_unused(attack.name, left)] = stands.sum().item()/len(x)
-    robust,n = stands.sum().item()/len(x),len(x)
-    return RobustnessReport(clean, robust, half_width(clean, n), half_width(robust, n), n, threat, attacks, left, time.perf_counter()-start)
+                    x_adv = attack(watched, xb.contiguous(memory_format=torch.channels_last) if bf16 else xb, yb, generator).float()
+                threat.check(x_adv, xb, attack.name)
+                far = max(far, threat.distance(x_adv, xb).max().item())
+                out = logits_of(watched, x_adv, yb)
+                fell,lead = (out.argmax(1)!=yb).cpu(),margin(out, yb)
+                stands[i] = ~fell
+                for j in fell.nonzero()[:,0].tolist(): outcomes[i[j]] = name
+                examples += [(lead[j].item(), xb[j].cpu(), x_adv[j].cpu(), yb[j].item(), out[j].argmax().item(), name) for j in fell.nonzero()[:,0].tolist()]
+                examples = sorted(examples, key=lambda o: -o[0])[:8]
+            left[name] = stands.sum().item()/n
+        bar.set_postfix_str('guards')
+        clean,robust = right.sum().item()/n,stands.sum().item()/n
+        case = Case(model, *batch(right), stands[right].to(device), tuple(p for _,p in todo), tuple(left.values()), clean, far, parent, twin, thorough, bf16, seed)
+        findings = look(case)
+        curve = _curve(case, right) if not gradients(case)[0] else {}
+    return RobustnessReport(clean, robust, half_width(clean, n), half_width(robust, n), n, threat, attacks, left, time.perf_counter()-start, findings, bf16,
+                            tuple(y.tolist()), tuple(outcomes), curve, tuple(o[1:] for o in examples), None if vocab is None else tuple(vocab))
+
+def _in_order(attacks):
+    attacks = tuple(L(attacks))
+    if not attacks: raise ValueError("attacks is empty: name at least one, for example PGD(eps=8/255)")
+    if odd := [a for a in attacks if not isinstance(a, Attack)]:
+        raise ValueError(f"{odd[0]!r} is no adverfine attack: one of torchattacks' goes through TorchAttack(torchattacks.{type(odd[0]).__name__}, eps)")
+    threat = attacks[0].threat
+    if odd := [a for a in attacks if a.threat!=threat]: raise ValueError(f"{odd[0]} is under another threat model ({odd[0].threat}) than the first attack ({threat}): evaluate them apart")
+    return tuple(sorted(attacks, key=lambda a: a.cost))
 
 def _unused(name, taken): return name if name not in taken else _unused(name+"'", taken)
 
-# %% ../nbs/10_evaluation.ipynb #a69fa8ed
+def _batches(stands, bs):
+    "Indices of the images that stand, in batches of about equal size"
+    i = stands.nonzero()[:,0]
+    return i.chunk(-(-len(i)//bs)) if len(i) else ()
+
+class _Watched(nn.Module):
+    "A network that tells of the images it is asked about, those with a gradient three times"
+    def __init__(self, model, tick):
+        super().__init__()
+        self.model,self.tick,self.training = model,tick,False
+    def forward(self, x):
+        self.tick(len(x)*(3 if x.requires_grad else 1))
+        return self.model(x)
+
+def _curve(case, right, n=128):
+    "Accuracy against eps on the first `n` images: PGD-10 at ever larger eps, for those that still stand"
+    total,k = min(n, len(right)),right[:n].sum().item()
+    x,y,curve = case.x[:k],case.y[:k],{0.: k/total}
+    for eps in (case.threat.eps*o for o in (.25, .5, .75, 1, 1.5, 2, 3)):
+        if 0<eps<=1:
+            if len(x):
+                stands = case.model(PGD(eps, norm=case.threat.norm, clamp=case.threat.clamp)(case.climbed, x, y, case.generator())).argmax(1)==y
+                x,y = x[stands],y[stands]
+            curve[eps] = len(x)/total
+    return curve
+
+# %% ../nbs/10_evaluation.ipynb #3c4e6815
 def pixels(
     dl, # A fastai DataLoader
 ) -> tuple: # Images (N,C,H,W) in [0,1] and labels (N,), on the CPU
@@ -108,11 +245,12 @@ def robustness(self:Learner,
     n:int=None, # Only so many images, drawn at random
     dl=None, # DataLoader to take them from; default: the test set if there is one, else valid
     seed:int=0, # Of that draw and of the attacks' random starts
-    **kwargs, # `bs`, `bf16` and `progress` of `evaluate`
+    parent=None, # The network before compression, for batches as this Learner's, for a guard
+    **kwargs, # `thorough`, `bs`, `bf16`, `twin` and `progress` of `evaluate`
 ) -> RobustnessReport:
     "Clean and robust accuracy of this Learner's network: right clean and under every attack"
     if dl is None: dl = self.dls[min(2, len(self.dls.loaders)-1)]
-    x,y = pixels(dl)
+    attacks,(x,y),space = _in_order(attacks),pixels(dl),pixel_space(dl)
     if n is not None and not 1<=n<=len(x): raise ValueError(f"n={n}: there are {len(x)} images")
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
-    return evaluate(pixel_space(dl).wrap(self.model), x[some], y[some], attacks, seed=seed, **kwargs)
+    return evaluate(space.wrap(self.model), x[some], y[some], attacks, seed=seed, parent=parent and space.wrap(parent), vocab=getattr(self.dls, 'vocab', None), **kwargs)

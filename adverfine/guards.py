@@ -18,7 +18,7 @@ from .models import *
 from .attacks import *
 from .autoattack import *
 
-# %% ../nbs/09_guards.ipynb #4c9b1e41
+# %% ../nbs/09_guards.ipynb #15a4c56a
 @dataclass
 class Case:
     "An evaluation, as the guards see it"
@@ -33,6 +33,7 @@ class Case:
     parent:nn.Module = None   # The network before compression, if there is one
     twin:nn.Module = None     # The differentiable twin of a deployed network, if this is one
     thorough:bool = False     # Everything, on all images?
+    bf16:bool = False         # Craft in bfloat16?
     seed:int = 0
 
     @property
@@ -58,7 +59,10 @@ class Case:
         x,y = self.x[self.stands],self.y[self.stands]
         if not len(x): return 0.
         if not self.thorough: x,y = x[:128],y[:128]
-        fell = sum((_predict(self.model, attack(model or self.model, *b, self.generator()))!=b[1]).sum().item() for b in zip(x.split(256), y.split(256)))
+        fell = 0
+        for b in zip(x.split(256), y.split(256)):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16): x_adv = attack(model or self.model, *b, self.generator())
+            fell += (_predict(self.model, x_adv.float())!=b[1]).sum().item()
         return fell/len(x)*self.left[-1]
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Finding:
 @torch.no_grad()
 def _predict(model, x): return model(x).argmax(1)
 
-# %% ../nbs/09_guards.ipynb #f3240d8f
+# %% ../nbs/09_guards.ipynb #3199b9d3
 @dataclass(frozen=True)
 class Guard:
     "A check with its threshold and where that comes from"
@@ -99,6 +103,7 @@ def look(
 ) -> tuple: # Of `Finding`
     "What all guards that apply have to say about `case`"
     found = []
+    if not len(case.x): return ()
     with evaluating(case.model):
         for name,g in guards.items():
             if g.thorough and not case.thorough or (res := g.measure(case)) is None: continue

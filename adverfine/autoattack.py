@@ -159,7 +159,7 @@ class APGD(Attack):
 
     def _share(self, p): return max(int(p*self.steps), 1)
 
-# %% ../nbs/05_autoattack.ipynb #7be25b93
+# %% ../nbs/05_autoattack.ipynb #6d534306
 def to_plane(
     x:Tensor, # Points (N,C,H,W)
     w:Tensor, # Normals of the planes, shaped as `x`
@@ -167,19 +167,21 @@ def to_plane(
     threat:ThreatModel, # Its norm is made small, its pixel range is kept to
 ) -> Tensor: # Steps d, shaped as `x`; where the range leaves no way to the plane, as far towards it as can be
     "The smallest step from each point onto its plane"
-    w = w*torch.where(c<0, -1., 1.).view(-1, 1, 1, 1)
+    n,shape = len(x),x.shape
+    w = (w*torch.where(c<0, -1., 1.).view(-1, 1, 1, 1)).reshape(n, -1)
+    x,sign,c = x.reshape(n, -1),w.sign(),c.abs()
     room = torch.where(w>0, 1-x, x) if threat.clamp else torch.full_like(x, torch.inf)
-    w,sign,room,c = w.flatten(1).abs(),w.sign(),room.flatten(1),c.abs()
-    speed = torch.ones_like(w) if threat.norm=='linf' else w
-    t = torch.zeros_like(c)
-    for _ in range(_newton_steps):
+    w = w.abs_()
+    speed = w if threat.norm=='l2' else torch.ones_like(c[:,None])
+    t,rate = torch.zeros_like(c),w*speed
+    for _ in range(20):
         d = torch.minimum(t[:,None]*speed, room)
         short = c-(w*d).sum(1)
-        slope = torch.where(d<room, w*speed, 0.).sum(1)
-        t = t + torch.where((short>1e-6*c) & (slope>0), short/slope, 0.)
-    return sign*torch.minimum(t[:,None]*speed, room).view_as(x)
-
-_newton_steps = 8
+        slope = (rate*(d<room)).sum(1)
+        step = torch.where((short>1e-5*c) & (slope>0), short/slope, 0.)
+        if not step.any(): break
+        t = t+step
+    return (sign*torch.minimum(t[:,None]*speed, room)).view(shape)
 
 # %% ../nbs/05_autoattack.ipynb #495b5eab
 @dataclass(frozen=True)

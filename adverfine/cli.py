@@ -7,10 +7,10 @@ Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/15_cli.ipynb #d742603a
+# %% ../nbs/15_cli.ipynb #fafe57bc
 import argparse, sys
 
-# %% ../nbs/15_cli.ipynb #b8365158
+# %% ../nbs/15_cli.ipynb #9b0642b8
 _study_options = dict(
     out=(str, None, 'output folder; default: studies/NAME'),
     levels=(float, '*', 'shares of channels to prune, such as 0.5 0.9'),
@@ -30,6 +30,9 @@ _study_options = dict(
     n_test=(int, None, 'evaluate on only so many test images'),
     path=(str, None, 'folder of the data set'))
 
+_attacks = dict(autoattack=('AutoAttack', {}), fast=('AutoAttack', dict(version='fast')), apgd=('APGD', {}), apgd_dlr=('APGD', dict(loss='dlr')), fab=('FAB', {}),
+                square=('Square', {}), pgd=('PGD', dict(steps=20)), pgd50=('PGD', dict(steps=50)), fgsm=('FGSM', {}))
+
 def _parser():
     parser = argparse.ArgumentParser('adverfine', description='Compress vision models and keep them robust.')
     commands = parser.add_subparsers(dest='command', required=True)
@@ -41,13 +44,26 @@ def _parser():
     study.add_argument('--paper', action='store_true', help='the threat model of arXiv 2403.09441 for training and testing')
     study.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=None, help='train and craft in bfloat16; default: where the hardware has it')
     study.add_argument('--download', action='store_true', help='let torchvision download the data set')
+    evaluate = commands.add_parser('evaluate', help='attack a saved network: clean and robust accuracy, and whether to believe them')
+    evaluate.add_argument('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
+    evaluate.add_argument('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10; its test images are taken')
+    evaluate.add_argument('--attack', nargs='+', default=['autoattack'], metavar='NAME', help=f"of {', '.join(_attacks)}; default: autoattack")
+    evaluate.add_argument('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05')
+    evaluate.add_argument('--norm', default='linf', help='linf or l2')
+    evaluate.add_argument('--n', type=int, help='only so many test images, drawn at random')
+    evaluate.add_argument('--seed', type=int, default=0, help="of that draw and of the attacks' random starts")
+    evaluate.add_argument('--thorough', action='store_true', help='run all guards, on all images')
+    evaluate.add_argument('--path', help='folder of the data set')
+    evaluate.add_argument('--json', action='store_true', help='print JSON')
+    evaluate.add_argument('--html', metavar='FILE', help='write a page as well')
     bench = commands.add_parser('bench', help='measure speed on this machine')
-    bench.add_argument('what', choices=['data'], help='data: one pass over the 60,000 Fashion-MNIST images')
+    bench.add_argument('what', choices=['data', 'evaluation'], help='data: one pass over the 60,000 Fashion-MNIST images; evaluation: AutoAttack against torchattacks (half an hour)')
+    bench.add_argument('--n', type=int, default=1000, help='images for evaluation; default: 1000')
     bench.add_argument('--path', help='folder of the data set')
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/15_cli.ipynb #fd7907bb
+# %% ../nbs/15_cli.ipynb #e0196292
 def _study(args):
     from adverfine.study import Study
     from adverfine.report import accuracy_table, write_report
@@ -63,11 +79,29 @@ def _study(args):
     print(f"\n{df.attack[0]}, {study.attack.threat}, {df.n[0]} test images. Robust: right clean and attacked.")
     for name,path in files.items(): print(f'{name:12} {path}')
 
+def _evaluate(args):
+    if unknown := [o for o in args.attack if o not in _attacks]: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
+    from fastai.learner import Learner
+    from torch.nn import CrossEntropyLoss
+    from adverfine import attacks, autoattack, checkpoint, data, evaluation, report
+    if args.data not in data.data_sets: raise ValueError(f"data {args.data!r} is unknown: use one of {', '.join(data.data_sets)}")
+    kinds = [(getattr(autoattack, kind, None) or getattr(attacks, kind), kw) for kind,kw in map(_attacks.get, args.attack)]
+    chosen = [kind(args.eps, norm=args.norm, **kw) for kind,kw in kinds]
+    model = checkpoint.load_compressed(args.model)
+    learn = Learner(data.data_sets[args.data](**({'path': args.path} if args.path else {})), model, loss_func=CrossEntropyLoss())
+    result = learn.robustness(chosen, n=args.n, seed=args.seed, thorough=args.thorough, progress=sys.stderr.isatty())
+    if args.html: checkpoint.write_atomic(args.html, report.robustness_page(result, args.model))
+    print(result.to_json() if args.json else result)
+
 def _bench(args):
     import json
-    from adverfine.bench import data_pass
-    result = data_pass(args.path)
-    print(json.dumps(result) if args.json else '\n'.join(f'{k:20} {v}' for k,v in result.items()))
+    from adverfine import bench
+    result = bench.data_pass(args.path) if args.what=='data' else bench.autoattack_race(args.n, args.path)
+    if args.json: return print(json.dumps(result))
+    import pandas as pd
+    for k,v in result.items():
+        if k!='parts': print(f'{k:20} {v}')
+    if 'parts' in result: print('\n' + pd.DataFrame(result['parts']).to_string(index=False))
 
 def main(
     argv=None, # Arguments; default: the command line's
@@ -77,7 +111,10 @@ def main(
     args = parser.parse_args(argv)
     import warnings
     warnings.filterwarnings('ignore', category=FutureWarning)
-    try: return dict(study=_study, bench=_bench)[args.command](args) or 0
+    try: return dict(study=_study, evaluate=_evaluate, bench=_bench)[args.command](args) or 0
     except (ValueError, OSError) as e:
         print(f'adverfine {args.command}: {e}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f'\nadverfine {args.command}: stopped', file=sys.stderr)
+        return 130

@@ -7,8 +7,9 @@ Docs: https://adverfine.github.io/adverfine/evaluation.html.md"""
 # %% auto #0
 __all__ = ['half_width', 'RobustnessReport', 'evaluate', 'pixels']
 
-# %% ../nbs/10_evaluation.ipynb #2c59190a
+# %% ../nbs/10_evaluation.ipynb #c5cd4ad8
 import base64, io, json, time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from html import escape
 import pandas as pd, torch
@@ -32,7 +33,7 @@ def half_width(
     z = 1.959964
     return z/(1+z*z/n)*(p*(1-p)/n + z*z/(4*n*n))**.5
 
-# %% ../nbs/10_evaluation.ipynb #c7818b25
+# %% ../nbs/10_evaluation.ipynb #7ad6edde
 @dataclass(frozen=True)
 class RobustnessReport:
     "What was measured, under which threat, and whether to believe it"
@@ -44,7 +45,8 @@ class RobustnessReport:
     threat:ThreatModel  # What the adversary was allowed
     attacks:tuple       # The attacks, in the order in which they ran
     left:dict           # Name of each attack or part of one: robust accuracy after it and all before it
-    seconds:float       # How long it took
+    took:dict           # Name of each: seconds
+    seconds:float       # How long it all took, guards included
     findings:tuple=()   # What the guards found
     bf16:bool=False     # Crafted in bfloat16? Scores are float32 either way
     labels:tuple=field(default=(), repr=False)     # Class of each image
@@ -83,7 +85,7 @@ class RobustnessReport:
         path=None, # File to write, if any
     ) -> str:
         "Everything but the example images"
-        d = {k: getattr(self, k) for k in 'clean robust clean_ci robust_ci n left seconds bf16 verdict reasons labels outcomes curve vocab'.split()}
+        d = {k: getattr(self, k) for k in 'clean robust clean_ci robust_ci n left took seconds bf16 verdict reasons labels outcomes curve vocab'.split()}
         text = json.dumps(dict(d, threat=vars(self.threat), attacks=[dict(name=a.name, settings=repr(a)) for a in self.attacks],
                                findings=[vars(o) for o in self.findings], per_class=self.per_class().reset_index().to_dict('records')), indent=1)
         if path is not None:
@@ -135,7 +137,7 @@ def to_html(self:RobustnessReport,
 @patch
 def _repr_html_(self:RobustnessReport): return self.to_html()
 
-# %% ../nbs/10_evaluation.ipynb #24643c0e
+# %% ../nbs/10_evaluation.ipynb #74c50b06
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
@@ -161,21 +163,21 @@ def evaluate(
     device = next((p.device for p in model.parameters()), x.device) if module else x.device
     if bf16 is None: bf16 = module and bf16_is_fast()
     generator = torch.Generator(device).manual_seed(seed)
-    n,left,examples,far = len(x),{},[],0.
+    n,left,took,examples,far = len(x),{},{},[],0.
     batch = lambda i: (x[i].to(device), y[i].to(device))
     with tqdm(total=n, leave=False, delay=3, disable=not progress, bar_format='{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}') as bar, evaluating(model):
         watched = _Watched(model, bar.update)
         right = torch.cat([(logits_of(watched, *batch(i)).argmax(1)==y[i].to(device)).cpu() for i in torch.arange(n).split(bs)])
+        last = logit_layer(model, batch([0])[0]) if bf16 else None
         stands,outcomes = right.clone(),['stands' if o else 'wrong' for o in right]
         todo = [(f'{a.name}: {p.name}' if len(a.parts)>1 else a.name, Transfer(p, twin) if twin is not None and p.white_box else p) for a in attacks for p in a.parts]
         for k,(name,attack) in enumerate(todo):
-            name = _unused(name, left)
+            name,since = _unused(name, left),time.perf_counter()
             bar.total = bar.n + stands.sum().item()*sum(p.cost for _,p in todo[k:])
             for i in _batches(stands, bs):
-                bar.set_postfix_str(f'{name}: {stands.sum()} of {n} images standing')
+                bar.set_postfix_str(f'{name}: {stands.sum()} of {n} images standing', refresh=False)
                 xb,yb = batch(i)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    x_adv = attack(watched, xb.contiguous(memory_format=torch.channels_last) if bf16 else xb, yb, generator).float()
+                with bf16_inside(model, last) if bf16 else nullcontext(): x_adv = attack(watched, xb, yb, generator)
                 threat.check(x_adv, xb, attack.name)
                 far = max(far, threat.distance(x_adv, xb).max().item())
                 out = logits_of(watched, x_adv, yb)
@@ -184,13 +186,13 @@ def evaluate(
                 for j in fell.nonzero()[:,0].tolist(): outcomes[i[j]] = name
                 examples += [(lead[j].item(), xb[j].cpu(), x_adv[j].cpu(), yb[j].item(), out[j].argmax().item(), name) for j in fell.nonzero()[:,0].tolist()]
                 examples = sorted(examples, key=lambda o: -o[0])[:8]
-            left[name] = stands.sum().item()/n
-        bar.set_postfix_str('guards')
+            left[name],took[name] = stands.sum().item()/n,time.perf_counter()-since
+        bar.set_postfix_str('guards', refresh=False)
         clean,robust = right.sum().item()/n,stands.sum().item()/n
         case = Case(model, *batch(right), stands[right].to(device), tuple(p for _,p in todo), tuple(left.values()), clean, far, parent, twin, thorough, bf16, seed)
         findings = look(case)
         curve = _curve(case, right) if not gradients(case)[0] else {}
-    return RobustnessReport(clean, robust, half_width(clean, n), half_width(robust, n), n, threat, attacks, left, time.perf_counter()-start, findings, bf16,
+    return RobustnessReport(clean, robust, half_width(clean, n), half_width(robust, n), n, threat, attacks, left, took, time.perf_counter()-start, findings, bf16,
                             tuple(y.tolist()), tuple(outcomes), curve, tuple(o[1:] for o in examples), None if vocab is None else tuple(vocab))
 
 def _in_order(attacks):

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study.html.md"""
 # %% auto #0
 __all__ = ['Cell', 'Study']
 
-# %% ../nbs/12_study.ipynb #b662f158
+# %% ../nbs/12_study.ipynb #6b7d57d3
 import json, random, sys, time, zlib
 from dataclasses import dataclass, fields, asdict, replace
 from functools import partial
@@ -50,14 +50,13 @@ class Cell:
     @property
     def own_seed(self): return zlib.crc32(f'{self.data}-{self.name}'.encode())
 
-# %% ../nbs/12_study.ipynb #847ad8cc
+# %% ../nbs/12_study.ipynb #cb48a8bd
 _tenths = tuple(k/10 for k in range(1, 10))
 _grid = dict(levels=_tenths, bits=offered_bits, fine_tunings=('none', 'standard', 'adversarial'), parents=('standard',), seeds=(0,), steps=20)
 _presets = dict(
     digits        = dict(_grid, eps=.1,    train_steps=5, epochs=15, fine_tune_epochs=8, lr=5e-3, fine_tune_lr=8e-3, bs=64, bf16=False, levels=_tenths[::2]),
     fashion_mnist = dict(_grid, eps=.05,   train_steps=5, epochs=10, fine_tune_epochs=3, lr=3e-3, fine_tune_lr=3e-3, bs=256),
     cifar10       = dict(_grid, eps=4/255, train_steps=5, epochs=20, fine_tune_epochs=3, lr=3e-3, fine_tune_lr=3e-3, bs=256))
-_loaders = dict(digits=digits_dls, fashion_mnist=fashion_mnist_dls, cifar10=cifar10_dls)
 _networks = dict(digits=partial(cnn8, size=8), fashion_mnist=cnn8, cifar10=resnet18_cifar)
 _paper_eps = dict(fashion_mnist=.05, cifar10=4/255)
 _not_identity = 'out path download levels bits fine_tunings parents seeds'.split()
@@ -131,7 +130,7 @@ class Study:
         compressions = [('none', 0), *(('prune', o) for o in self.levels), *(('quantize', o) for o in self.bits)]
         return [Cell(self.data, s, p, c, l, f) for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../nbs/12_study.ipynb #52520e83
+# %% ../nbs/12_study.ipynb #d0719cb6
 def _load(path):
     try: return json.loads(path.read_text())
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
@@ -220,7 +219,7 @@ def _pace(cell):
     "Roughly how long a pass takes, where the parent's is 1: fake quantizers double it, pruning shortens it"
     return dict(none=1, prune=1-cell.level, quantize=2)[cell.compression]
 
-# %% ../nbs/12_study.ipynb #0435226e
+# %% ../nbs/12_study.ipynb #33aaf98d
 @patch
 def _work(self:Study, n_train, n_test):
     "Passes that each thing still to be done will take: parents and cells"
@@ -236,7 +235,7 @@ def run(self:Study,
 ) -> pd.DataFrame: # One row a cell; also in `results.csv` in the output folder
     "Measure every cell that is not there yet; call it again after an interruption and it goes on"
     kw = dict(path=self.path, download=self.download) if self.data!='digits' else {}
-    dls = _loaders[self.data](bs=self.bs, normalize=(.5,.5), n_train=self.n_train, n_test=self.n_test, **kw)
+    dls = data_sets[self.data](bs=self.bs, normalize=(.5,.5), n_train=self.n_train, n_test=self.n_test, **kw)
     if self.levels: prune(_networks[self.data](), max(self.levels), dls.valid.one_batch()[0][:1].cpu())     # whether it can be done, before hours have passed
     self.claim()
     todo = [c for c in self.cells() if not (self.out/'cells'/f'{c.name}.json').exists()]

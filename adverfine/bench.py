@@ -7,12 +7,13 @@ Docs: https://adverfine.github.io/adverfine/bench.html.md"""
 # %% auto #0
 __all__ = ['passes', 'data_pass', 'by_torchattacks', 'tough_cnn8', 'autoattack_race']
 
-# %% ../nbs/14_bench.ipynb #afa1c4d2
+# %% ../nbs/14_bench.ipynb #c2ae0eb3
 import time
 from statistics import median
 import pandas as pd, torch
 from torch import nn
 from tqdm.auto import tqdm
+from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from .data import *

@@ -7,19 +7,20 @@ Docs: https://adverfine.github.io/adverfine/adversarial.html.md"""
 # %% auto #0
 __all__ = ['AdversarialTraining', 'RobustAccuracy', 'RobustOverfitting', 'CatastrophicOverfitting', 'BF16']
 
-# %% ../nbs/08_adversarial.ipynb #b3dbb0d7
-import os, warnings
+# %% ../nbs/08_adversarial.ipynb #d7282482
+import warnings
 import torch
 from torch import Tensor
-from safetensors.torch import save_file
+from safetensors.torch import save
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Metric
 from fastai.torch_core import join_path_file
 from .threat import *
 from .models import *
 from .attacks import *
+from .checkpoint import *
 
-# %% ../nbs/08_adversarial.ipynb #4c75d490
+# %% ../nbs/08_adversarial.ipynb #44c21a3f
 class AdversarialTraining(Callback):
     "Replace each training batch by what `attack` makes of it; [arXiv 1706.06083](https://arxiv.org/abs/1706.06083)"
     order,run_valid = 20,False
@@ -36,7 +37,7 @@ def _space(learn):
     "The pixel space of the batches in hand; where they come as a bare list, as in `show_results`, that of the Learner's DataLoaders"
     return pixel_space(learn.dl if hasattr(learn.dl, 'after_batch') else learn.dls)
 
-# %% ../nbs/08_adversarial.ipynb #f2ccb92e
+# %% ../nbs/08_adversarial.ipynb #1e8e663b
 class RobustAccuracy(Metric):
     "Share of validation images that are right clean and under `attack`: a column of the training table"
     def __init__(self,
@@ -75,7 +76,7 @@ class RobustAccuracy(Metric):
     @property
     def name(self): return 'robust_accuracy'
 
-# %% ../nbs/08_adversarial.ipynb #75b40e85
+# %% ../nbs/08_adversarial.ipynb #9d69a0cd
 class _AfterTraining(Callback):
     "Calls `begin` when a training begins, and `look` when an epoch of training and validation has been recorded"
     remove_on_fetch = True
@@ -113,9 +114,7 @@ class RobustOverfitting(_AfterTraining):
         if self.weights is not None and self.last<=self.best and _alike(weights, self.weights): return
         self.best,self.epoch_of_best,self.weights = self.last,self.epoch,weights
         file = join_path_file(self.fname, self.learn.path/self.learn.model_dir, ext='.safetensors')
-        part = file.with_suffix(f'.{os.getpid()}.part')
-        save_file(weights, part, metadata=dict(epoch=str(self.epoch), robust_accuracy=str(self.best)))
-        part.replace(file)
+        write_atomic(file, save(weights, metadata=dict(epoch=str(self.epoch), robust_accuracy=str(self.best))))
 
     def after_fit(self):
         if self.weights is not None: bare(self.model).load_state_dict(self.weights)
@@ -126,7 +125,7 @@ class RobustOverfitting(_AfterTraining):
         "By how much the best robust accuracy was above the last: the robust overfitting"
         return self.best-self.last
 
-# %% ../nbs/08_adversarial.ipynb #2f6f2d6b
+# %% ../nbs/08_adversarial.ipynb #d42ebf89
 class CatastrophicOverfitting(_AfterTraining):
     "End a fit, with the weights of the epoch before, if accuracy under `attack` on a held-out batch falls by more than `threshold` in one epoch; [arXiv 2001.03994](https://arxiv.org/abs/2001.03994)"
     order,run_train = 63,False
@@ -158,7 +157,7 @@ class CatastrophicOverfitting(_AfterTraining):
             raise CancelFitException()
         self.weights = weights
 
-# %% ../nbs/08_adversarial.ipynb #e44acab3
+# %% ../nbs/08_adversarial.ipynb #e829d405
 class _Autocast:
     "Hooks that open bfloat16 autocast for one call of a module and close it, also when the call raises"
     def __init__(self): self.open = []

@@ -92,7 +92,7 @@ def _in_turn(targets, run, model, x, y):
         if not len(stand): break
     return x_adv
 
-# %% ../nbs/05_autoattack.ipynb #3ddc8003
+# %% ../nbs/05_autoattack.ipynb #30f249f3
 _losses = dict(ce=cross_entropy, dlr=dlr, margin=margin)
 
 @dataclass(frozen=True)
@@ -101,13 +101,15 @@ class APGD(Attack):
     steps:int = 100        # Gradient steps
     loss:str = 'ce'        # 'ce', 'dlr' or 'margin'
     restarts:int = 1       # Runs, each for the images that still stand
-    targets:int = 0        # Classes to aim at in turn, likeliest first, with the targeted DLR loss; 0: away from the right one with `loss`
+    targets:int = 0        # Classes to aim at in turn, likeliest first, with the targeted DLR loss; 0: away from the right class
     rho:float = .75        # A step is halved if the loss rose in fewer than this share of the steps
 
     def __post_init__(self):
         super().__post_init__()
         check_counts(self, 'steps', 'restarts')
         if self.loss not in _losses: raise ValueError(f"loss={self.loss!r} is not offered: use one of {', '.join(map(repr, _losses))}")
+        if self.targets: check_counts(self, 'targets')
+        if self.targets and self.loss!='dlr': raise ValueError(f"targets={self.targets} aims with the targeted DLR loss, not with {self.loss!r}: write loss='dlr'")
 
     @property
     def name(self): return 'APGD-T' if self.targets else f'APGD-{self.loss.upper()}'

@@ -63,7 +63,7 @@ def _parser():
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/15_cli.ipynb #e0196292
+# %% ../nbs/15_cli.ipynb #aebb3136
 def _study(args):
     from adverfine.study import Study
     from adverfine.report import accuracy_table, write_report
@@ -76,7 +76,7 @@ def _study(args):
     files = write_report(study)
     print('Clean / robust accuracy in percent, by fine-tuning\n')
     print(accuracy_table(df).to_string(index=False))
-    print(f"\n{df.attack[0]}, {study.attack.threat}, {df.n[0]} test images. Robust: right clean and attacked.")
+    print(f"\n{df.attack[0]}, {study.attack.threat}, {df.n[0]} test images. Robust: right clean and attacked; ≤ where a guard found signs that a stronger attack would find more.")
     for name,path in files.items(): print(f'{name:12} {path}')
 
 def _evaluate(args):

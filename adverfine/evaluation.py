@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/evaluation.html.md"""
 # %% auto #0
 __all__ = ['half_width', 'RobustnessReport', 'evaluate', 'pixels']
 
-# %% ../nbs/10_evaluation.ipynb #c5cd4ad8
+# %% ../nbs/10_evaluation.ipynb #237e574f
 import base64, io, json, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from .models import *
 from .attacks import *
 from .autoattack import *
 from .guards import *
+from .checkpoint import *
 
 # %% ../nbs/10_evaluation.ipynb #31dd0c85
 def half_width(
@@ -33,7 +34,7 @@ def half_width(
     z = 1.959964
     return z/(1+z*z/n)*(p*(1-p)/n + z*z/(4*n*n))**.5
 
-# %% ../nbs/10_evaluation.ipynb #7ad6edde
+# %% ../nbs/10_evaluation.ipynb #0bea4514
 @dataclass(frozen=True)
 class RobustnessReport:
     "What was measured, under which threat, and whether to believe it"
@@ -88,8 +89,7 @@ class RobustnessReport:
         d = {k: getattr(self, k) for k in 'clean robust clean_ci robust_ci n left took seconds bf16 verdict reasons labels outcomes curve vocab'.split()}
         text = json.dumps(dict(d, threat=vars(self.threat), attacks=[dict(name=a.name, settings=repr(a)) for a in self.attacks],
                                findings=[vars(o) for o in self.findings], per_class=self.per_class().reset_index().to_dict('records')), indent=1)
-        if path is not None:
-            with open(path, 'w') as f: f.write(text)
+        if path is not None: write_atomic(path, text)
         return text
 
 # %% ../nbs/10_evaluation.ipynb #2e86cf74
@@ -137,7 +137,7 @@ def to_html(self:RobustnessReport,
 @patch
 def _repr_html_(self:RobustnessReport): return self.to_html()
 
-# %% ../nbs/10_evaluation.ipynb #74c50b06
+# %% ../nbs/10_evaluation.ipynb #7ea31bf2
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
@@ -146,7 +146,7 @@ def evaluate(
     attacks, # One `Attack` or several, all under one threat model
     bs:int=256, # Images at a time
     seed:int=0, # Of the attacks' random starts
-    bf16:bool=None, # Craft in bfloat16? Default: for modules, where the hardware is fast at it
+    bf16:bool=None, # Craft in bfloat16? Default: where the hardware is fast at it, for modules that are not compiled
     thorough:bool=False, # Run all guards, on all images?
     parent=None, # The network before compression, for a guard
     twin=None, # Where `model` is deployed and has no gradients: its differentiable twin, on which attacks that need gradients craft
@@ -161,7 +161,7 @@ def evaluate(
     if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
     module = isinstance(model, nn.Module)
     device = next((p.device for p in model.parameters()), x.device) if module else x.device
-    if bf16 is None: bf16 = module and bf16_is_fast()
+    if bf16 is None: bf16 = module and bf16_is_fast() and not any(hasattr(m, '_orig_mod') for m in model.modules())
     generator = torch.Generator(device).manual_seed(seed)
     n,left,took,examples,far = len(x),{},{},[],0.
     batch = lambda i: (x[i].to(device), y[i].to(device))
@@ -191,7 +191,7 @@ def evaluate(
         clean,robust = right.sum().item()/n,stands.sum().item()/n
         case = Case(model, *batch(right), stands[right].to(device), tuple(p for _,p in todo), tuple(left.values()), clean, far, parent, twin, thorough, bf16, seed)
         findings = look(case)
-        curve = _curve(case, right) if not gradients(case)[0] else {}
+        curve = {} if case.blind else _curve(case, right)
     return RobustnessReport(clean, robust, half_width(clean, n), half_width(robust, n), n, threat, attacks, left, took, time.perf_counter()-start, findings, bf16,
                             tuple(y.tolist()), tuple(outcomes), curve, tuple(o[1:] for o in examples), None if vocab is None else tuple(vocab))
 

@@ -9,7 +9,8 @@ __all__ = ['guards', 'Case', 'Finding', 'Guard', 'guard', 'look', 'budget', 'met
            'zero_gradient', 'unbounded', 'scaled_margin', 'black_box', 'convergence', 'plateau', 'transfer',
            'agreement']
 
-# %% ../nbs/09_guards.ipynb #fdc7497b
+# %% ../nbs/09_guards.ipynb #cf4d5d34
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 import torch
 from torch import nn, Tensor
@@ -18,7 +19,7 @@ from .models import *
 from .attacks import *
 from .autoattack import *
 
-# %% ../nbs/09_guards.ipynb #15a4c56a
+# %% ../nbs/09_guards.ipynb #99fc6308
 @dataclass
 class Case:
     "An evaluation, as the guards see it"
@@ -43,7 +44,14 @@ class Case:
         "The network whose gradients the attacks climbed"
         return self.model if self.twin is None else self.twin
     @property
-    def white(self): return [o for o in (getattr(a, 'attack', a) for a in self.attacks) if o.white_box]
+    def white(self):
+        "The attacks that climbed gradients, on the network itself or on another"
+        return [o for o in map(_crafts, self.attacks) if o.white_box]
+    @property
+    def blind(self):
+        "Does the network that was climbed give no gradients?"
+        x = self.x[:1].clone().requires_grad_()
+        with torch.enable_grad(): return not self.climbed(x).requires_grad
     def some(self, n=128):
         "Images that the network gets right, labels"
         return (self.x,self.y) if self.thorough else (self.x[:n],self.y[:n])
@@ -61,9 +69,11 @@ class Case:
         if not self.thorough: x,y = x[:128],y[:128]
         fell = 0
         for b in zip(x.split(256), y.split(256)):
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16): x_adv = attack(model or self.model, *b, self.generator())
-            fell += (_predict(self.model, x_adv.float())!=b[1]).sum().item()
+            with bf16_inside(self.model, logit_layer(self.model, b[0][:1])) if self.bf16 else nullcontext(): x_adv = attack(model or self.model, *b, self.generator())
+            fell += (_predict(self.model, x_adv)!=b[1]).sum().item()
         return fell/len(x)*self.left[-1]
+
+def _crafts(attack): return getattr(attack, 'attack', attack)
 
 @dataclass(frozen=True)
 class Finding:
@@ -121,7 +131,7 @@ def metric(case):
     excess = max(case.left[-1]-case.clean, 0)
     return excess,f"robust accuracy {case.left[-1]:.4f} is at most clean accuracy {case.clean:.4f}"
 
-# %% ../nbs/09_guards.ipynb #05d451ef
+# %% ../nbs/09_guards.ipynb #1eb3d400
 _checks = 'auto-attack, checks.py; arXiv 2003.01690'
 
 @guard(1e-4, _checks)
@@ -141,24 +151,22 @@ def probabilities(case):
 
 @guard(0, 'house rule')
 def gradients(case):
-    x = case.x[:1].clone().requires_grad_()
-    with torch.enable_grad(): none = not case.climbed(x).requires_grad
-    return float(none),"the network gives no gradients: black-box attacks and transfer only" if none else "the network can be differentiated"
+    return float(case.blind),"the network gives no gradients: black-box attacks and transfer only" if case.blind else "the network can be differentiated"
 
 @guard(0, _checks)
 def zero_gradient(case):
-    if gradients(case)[0]: return None
+    if case.blind: return None
     x,y = case.some()
     with frozen(case.climbed), torch.enable_grad(): grad = torch.cat([input_grad(case.climbed, *b) for b in zip(x.split(256), y.split(256))])
     share = (grad.flatten(1).abs().sum(1)==0).float().mean().item()
     return share,f"the gradient of the cross-entropy is exactly zero for {share:.1%} of images"
 
-# %% ../nbs/09_guards.ipynb #b260de64
+# %% ../nbs/09_guards.ipynb #37fd2e0f
 _failures = 'arXiv 2106.09947'
 
 @guard(.05, 'arXiv 1902.06705')
 def unbounded(case):
-    if gradients(case)[0]: return None
+    if case.blind: return None
     x,y = case.x[:64],case.y[:64]
     x_adv = PGD(1., steps=40)(case.climbed, x, y, case.generator())
     left = (_predict(case.climbed, x_adv)==y).float().mean().item()
@@ -166,7 +174,7 @@ def unbounded(case):
 
 @guard(.01, 'arXiv 2003.01690')
 def scaled_margin(case):
-    if gradients(case)[0] or case.twin is not None: return None
+    if case.blind or case.twin is not None: return None
     gain = case.fall(case.same(APGD, steps=20, loss='margin'), _Rescaled(case.model))
     return gain,f"a margin loss on rescaled logits takes {gain:.4f} more accuracy than the attacks did"
 
@@ -181,20 +189,20 @@ class _Rescaled(nn.Module):
 def black_box(case):
     if not case.white: return None
     squares = [i for i,a in enumerate(case.attacks) if isinstance(a, Square)]
-    if squares and not case.thorough and any(a.white_box for a in case.attacks[:squares[0]]): gain = case.left[squares[0]-1]-case.left[squares[0]]
+    if squares and not case.thorough and any(_crafts(a).white_box for a in case.attacks[:squares[0]]): gain = case.left[squares[0]-1]-case.left[squares[0]]
     else: gain = case.fall(case.same(Square, queries=2000 if case.thorough else 200))
     return gain,f"random search without gradients takes {gain:.4f} more accuracy than the attacks that have them"
 
 @guard(.005, _failures, thorough=True)
 def convergence(case):
-    if not case.white or case.twin is not None: return None
+    if not case.white or case.blind or case.twin is not None: return None
     attack = next((a for a in case.white if hasattr(a, 'steps')), None)
     gain = case.fall(replace(attack, steps=2*attack.steps) if attack else case.same(PGD))
     return gain,f"twice the steps take {gain:.4f} more accuracy"
 
 @guard(.05, _failures, thorough=True)
 def plateau(case):
-    if not case.white: return None
+    if not case.white or case.blind: return None
     (x,y),losses = case.some(),[]
     def spy(x):
         out = case.climbed(x)

@@ -16,13 +16,13 @@ from .checkpoint import *
 from .evaluation import *
 from .study import *
 
-# %% ../nbs/13_report.ipynb #d7d65b29
+# %% ../nbs/13_report.ipynb #0c6eb6b2
 def accuracy_table(
     df:pd.DataFrame, # A study's results
 ) -> pd.DataFrame: # One row a parent, compression and level; clean and robust accuracy for each fine-tuning
-    "Clean / robust accuracy in percent, averaged over seeds"
+    "Clean / robust accuracy in percent, averaged over seeds; ≤ marks figures that a guard flagged"
     def cell(g):
-        shown = [f'{g[k].mean()*100:.1f}' + (f'±{g[k].std()*100:.1f}' if len(g)>1 else '') for k in ('clean', 'robust')]
+        shown = [mark + f'{g[k].mean()*100:.1f}' + (f'±{g[k].std()*100:.1f}' if len(g)>1 else '') for k,mark in dict(clean='', robust='' if (g.verdict=='trusted').all() else '≤').items()]
         return ' / '.join(shown)
     keys = ['parent', 'compression', 'level', 'fine_tuning']
     text = pd.Series({k: cell(g) for k,g in df.groupby(keys, sort=False)}).rename_axis(keys).unstack().reindex(columns=[o for o in _tunings if o in set(df.fine_tuning)])
@@ -70,7 +70,7 @@ def _panel(ax, df, kind):
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/13_report.ipynb #c5dc1f48
+# %% ../nbs/13_report.ipynb #2de83b72
 def in_words(
     study:Study,
 ) -> str: # A paragraph
@@ -84,7 +84,7 @@ def in_words(
             f"Parents were trained for {study.epochs} epochs; fine-tuning took {study.fine_tune_epochs}, the adversarial one against PGD with {study.train_attack.steps} steps. "
             "The test images served for the final evaluation of each network and for nothing else; quantizers were calibrated on training images. "
             "Intervals are 95 % (Wilson) for the sampling of test images alone. "
-            "Robust accuracy against one attack is an upper bound, for quantized networks especially: rounding can hide gradients from an attack that stronger ones would find. "
+            "Robust accuracy against one attack is an upper bound, for quantized networks especially: rounding can hide gradients from an attack that stronger ones would find. Where the guards found a sign of that, the figure carries a ≤. "
             "Quantized networks are differentiable twins in floating point: their bytes are what the integer network stores, their latency is the twin's own.")
 
 _css = """body{font:16px/1.5 system-ui,sans-serif;color:#223;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}h1{font-weight:600;margin-bottom:.2rem}p{max-width:46rem}

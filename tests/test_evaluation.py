@@ -224,3 +224,24 @@ def test_functions_that_are_no_modules(model, right):
     assert evaluate(lambda x: model(x), x, y, PGD(.1, steps=10)).robust==evaluate(model, x, y, PGD(.1, steps=10), bf16=False).robust
     report = evaluate(lambda x: torch.from_numpy(model(x).detach().numpy()), x, y, [Square(.1, queries=100), Transfer(PGD(.1, steps=10), model)])
     assert report.robust<1 and any('black-box attacks and transfer only' in o for o in report.reasons) and not report.curve
+
+def test_a_compiled_network(model, right):
+    x,y = (o[:60] for o in right)
+    attack = PGD(.1, steps=5)
+    assert evaluate(torch.compile(model, backend='aot_eager'), x, y, attack).outcomes==evaluate(model, x, y, attack, bf16=False).outcomes
+
+def test_blind_and_thorough(model, right):
+    "No guard that needs gradients asks a network for them that has none"
+    x,y = (o[:20] for o in right)
+    report = evaluate(lambda b: model(b).detach(), x, y, [Transfer(PGD(.1, steps=3), model)], thorough=True)
+    assert not {'zero_gradient', 'plateau', 'convergence', 'unbounded'} & {o.guard for o in report.findings}
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+def test_on_a_gpu():
+    set_seed(0)
+    learn = Learner(digits_dls(normalize=(.5,.5)), cnn8(size=8))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 3e-3)
+    attacks = [AutoAttack(.1, version='fast'), FAB(.1, steps=5), TorchAttack(torchattacks.PGD, .1, steps=5)]
+    reports = [learn.robustness(attacks, bf16=o, n=200, thorough=True) for o in (False, True)]
+    assert abs(reports[0].robust-reports[1].robust)<=.02
+    for norm in ('linf', 'l2'): assert learn.robustness(Square(.3, norm=norm, queries=50), n=50).robust<=1

@@ -137,7 +137,7 @@ def to_html(self:RobustnessReport,
 @patch
 def _repr_html_(self:RobustnessReport): return self.to_html()
 
-# %% ../nbs/10_evaluation.ipynb #7ea31bf2
+# %% ../nbs/10_evaluation.ipynb #d8ed47ab
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
@@ -224,7 +224,7 @@ def _curve(case, right, n=128):
     "Accuracy against eps on the first `n` images: PGD-10 at ever larger eps, for those that still stand"
     total,k = min(n, len(right)),right[:n].sum().item()
     x,y,curve = case.x[:k],case.y[:k],{0.: k/total}
-    for eps in (case.threat.eps*o for o in (.25, .5, .75, 1, 1.5, 2, 3)):
+    for eps in (case.threat.eps*o for o in (.5, 1, 1.5, 2, 3)):
         if 0<eps<=1:
             if len(x):
                 stands = case.model(PGD(eps, norm=case.threat.norm, clamp=case.threat.clamp)(case.climbed, x, y, case.generator())).argmax(1)==y

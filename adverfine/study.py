@@ -130,12 +130,12 @@ class Study:
         compressions = [('none', 0), *(('prune', o) for o in self.levels), *(('quantize', o) for o in self.bits)]
         return [Cell(self.data, s, p, c, l, f) for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../nbs/12_study.ipynb #667d1c82
+# %% ../nbs/12_study.ipynb #cf983c7f
 def _load(path):
     try: return json.loads(path.read_text())
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
 
-_columns = ('data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps verdict params macs bytes latency_ms seconds').split()
+_columns = ('data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs bytes latency_ms seconds verdict').split()
 
 @patch
 def claim(self:Study):
@@ -155,7 +155,7 @@ def results(self:Study) -> pd.DataFrame:
     done = [_load(f) for c in self.cells() if (f := self.out/'cells'/f'{c.name}.json').exists()]
     return pd.DataFrame(done, columns=_columns)
 
-# %% ../nbs/12_study.ipynb #d3496620
+# %% ../nbs/12_study.ipynb #efa0ac3f
 class _Tick(Callback):
     "Tell a progress bar of each training batch"
     def __init__(self, tick): self.tick = tick
@@ -207,8 +207,8 @@ def measure(self:Study,
     tick(report.n, passes=_pace(cell)*(1+2*self.steps))
     taken = time.perf_counter()-start + (seconds if cell.compression==cell.fine_tuning=='none' else 0)
     example = dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)
-    return dict(asdict(cell), **{k: getattr(report, k) for k in 'clean robust clean_ci robust_ci n'.split()}, attack=self.attack.name, eps=self.eps, verdict=report.verdict,
-                **asdict(cost(learn.model, example)), seconds=round(taken, 3))
+    return dict(asdict(cell), **{k: getattr(report, k) for k in 'clean robust clean_ci robust_ci n'.split()}, attack=self.attack.name, eps=self.eps,
+                **asdict(cost(learn.model, example)), seconds=round(taken, 3), verdict=report.verdict)
 
 @patch
 def _passes(self:Study, kind):

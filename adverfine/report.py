@@ -70,7 +70,7 @@ def _panel(ax, df, kind):
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/13_report.ipynb #2de83b72
+# %% ../nbs/13_report.ipynb #3b41918c
 def in_words(
     study:Study,
 ) -> str: # A paragraph
@@ -113,7 +113,7 @@ def write_report(
             f"<img alt='Clean and robust accuracy against the level of compression' src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
             f"<h2>What was measured</h2><p>{escape(in_words(study))}</p><h2>Clean / robust accuracy in percent, by fine-tuning</h2><div class=wide>{accuracy_table(df).to_html(index=False, border=0)}</div>"
             f"<details><summary>Every cell</summary><div class=wide>{details.to_html(index=False, border=0)}</div></details></html>")
-    files = {'results.csv': df.to_csv(index=False), 'figure.png': picture, 'report.html': html}
+    files = {'results.csv': df.drop(columns='verdict').to_csv(index=False), 'figure.png': picture, 'report.html': html}
     for name,content in files.items(): write_atomic(study.out/name, content)
     return {name: study.out/name for name in files}
 

@@ -130,12 +130,12 @@ class Study:
         compressions = [('none', 0), *(('prune', o) for o in self.levels), *(('quantize', o) for o in self.bits)]
         return [Cell(self.data, s, p, c, l, f) for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../nbs/12_study.ipynb #cf983c7f
+# %% ../nbs/12_study.ipynb #587b9d9e
 def _load(path):
     try: return json.loads(path.read_text())
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
 
-_columns = ('data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs bytes latency_ms seconds verdict').split()
+_columns = ('data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs bytes latency_ms seconds').split()
 
 @patch
 def claim(self:Study):
@@ -151,9 +151,9 @@ def claim(self:Study):
 
 @patch
 def results(self:Study) -> pd.DataFrame:
-    "The cells of this study that are finished, one a row"
+    "The cells of this study that are finished, one a row: the columns of `results.csv`, and the verdict of the guards"
     done = [_load(f) for c in self.cells() if (f := self.out/'cells'/f'{c.name}.json').exists()]
-    return pd.DataFrame(done, columns=_columns)
+    return pd.DataFrame(done, columns=[*_columns, 'verdict'])
 
 # %% ../nbs/12_study.ipynb #efa0ac3f
 class _Tick(Callback):
@@ -219,7 +219,7 @@ def _pace(cell):
     "Roughly how long a pass takes, where the parent's is 1: fake quantizers double it, pruning shortens it"
     return dict(none=1, prune=1-cell.level, quantize=2)[cell.compression]
 
-# %% ../nbs/12_study.ipynb #33aaf98d
+# %% ../nbs/12_study.ipynb #ede052fc
 @patch
 def _work(self:Study, n_train, n_test):
     "Passes that each thing still to be done will take: parents and cells"
@@ -245,6 +245,6 @@ def run(self:Study,
             bar.set_postfix_str(f'{cell.name}, {len(todo)-todo.index(cell)} cells to go')
             row = self.measure(cell, dls, lambda images, passes=1: bar.update(images*passes))
             write_atomic(self.out/'cells'/f'{cell.name}.json', json.dumps(row, indent=1))
-            write_atomic(self.out/'results.csv', self.results().to_csv(index=False))
-    write_atomic(self.out/'results.csv', (df := self.results()).to_csv(index=False))
+            write_atomic(self.out/'results.csv', self.results()[_columns].to_csv(index=False))
+    write_atomic(self.out/'results.csv', (df := self.results())[_columns].to_csv(index=False))
     return df

@@ -185,10 +185,10 @@ def to_plane(
         t = t+step
     return (sign*torch.minimum(t[:,None]*speed, room)).view(shape)
 
-# %% ../nbs/05_autoattack.ipynb #495b5eab
+# %% ../nbs/05_autoattack.ipynb #a0e89003
 @dataclass(frozen=True)
 class FAB(Attack):
-    "Targeted fast adaptive boundary attack: looks for the nearest adversarial image; [arXiv 1907.02044](https://arxiv.org/abs/1907.02044)"
+    "Targeted fast adaptive boundary attack: looks for ever nearer adversarial images until one lies in the ball; [arXiv 1907.02044](https://arxiv.org/abs/1907.02044)"
     steps:int = 100         # Gradient steps towards each target
     targets:int = 9         # Classes to aim at in turn, likeliest first
     bias:float = .1         # At most this much of the next point comes from the clean image's side

@@ -63,7 +63,7 @@ def _parser():
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/15_cli.ipynb #aebb3136
+# %% ../nbs/15_cli.ipynb #06cf8234
 def _study(args):
     from adverfine.study import Study
     from adverfine.report import accuracy_table, write_report
@@ -87,8 +87,12 @@ def _evaluate(args):
     if args.data not in data.data_sets: raise ValueError(f"data {args.data!r} is unknown: use one of {', '.join(data.data_sets)}")
     kinds = [(getattr(autoattack, kind, None) or getattr(attacks, kind), kw) for kind,kw in map(_attacks.get, args.attack)]
     chosen = [kind(args.eps, norm=args.norm, **kw) for kind,kw in kinds]
-    model = checkpoint.load_compressed(args.model)
-    learn = Learner(data.data_sets[args.data](**({'path': args.path} if args.path else {})), model, loss_func=CrossEntropyLoss())
+    if args.path and args.data=='digits': raise ValueError(f"--path {args.path}: the digits come with scikit-learn, leave it out")
+    made_for = tuple(checkpoint.compressed_info(args.model)['input_shape'])
+    model,dls = checkpoint.load_compressed(args.model),data.data_sets[args.data](**({'path': args.path} if args.path else {}))
+    shape = tuple(dls.valid.one_batch()[0].shape[1:])
+    if shape!=made_for: raise ValueError(f"{args.model} is for images of shape {made_for}, and those of {args.data} have {shape}: name the data set that it was trained on")
+    learn = Learner(dls, model, loss_func=CrossEntropyLoss())
     result = learn.robustness(chosen, n=args.n, seed=args.seed, thorough=args.thorough, progress=sys.stderr.isatty())
     if args.html: checkpoint.write_atomic(args.html, report.robustness_page(result, args.model))
     print(result.to_json() if args.json else result)

@@ -6,6 +6,7 @@ from torch import nn
 from fastai.learner import Learner
 from adverfine.checkpoint import *
 from adverfine.checkpoint import _checksum, _sha
+from adverfine.cli import main
 from adverfine.data import *
 from adverfine.models import *
 from adverfine.pruning import *
@@ -319,3 +320,8 @@ def test_tensors_of_another_kind(saved, tmp_path):
     for bad in (dict(good, extra=torch.ones(3)), {k: v for k,v in good.items() if k!=first}, dict(good, **{first: good[first].double()}), dict(good, **{first: good[first][None]}), {}, {k.upper(): v for k,v in good.items()}):
         _write(tmp_path, _rehashed(saved[1], compressed_info(saved[0]), save(bad)))
         assert isinstance(e := _load_watched(tmp_path), ValueError) and 'tensor ' in str(e)
+
+def test_evaluate_names_the_wrong_data_set(tmp_path, capsys):
+    _learner(cnn8(3, size=32), _cifar()).save_compressed(tmp_path/'small')
+    assert main(['evaluate', str(tmp_path/'small'), '--data', 'digits', '--eps', '0.1'])==2
+    assert 'is for images of shape (3, 32, 32), and those of digits have (1, 8, 8)' in capsys.readouterr().err

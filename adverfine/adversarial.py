@@ -14,7 +14,7 @@ from torch import Tensor
 from safetensors.torch import save
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Metric
-from fastai.torch_core import join_path_file
+from fastai.torch_core import join_path_file, rank_distrib
 from .threat import *
 from .models import *
 from .attacks import *
@@ -114,7 +114,7 @@ class RobustOverfitting(_AfterTraining):
         if self.weights is not None and self.last<=self.best and _alike(weights, self.weights): return
         self.best,self.epoch_of_best,self.weights = self.last,self.epoch,weights
         file = join_path_file(self.fname, self.learn.path/self.learn.model_dir, ext='.safetensors')
-        write_atomic(file, save(weights, metadata=dict(epoch=str(self.epoch), robust_accuracy=str(self.best))))
+        if not rank_distrib(): write_atomic(file, save(weights, metadata=dict(epoch=str(self.epoch), robust_accuracy=str(self.best))))
 
     def after_fit(self):
         if self.weights is not None: bare(self.model).load_state_dict(self.weights)

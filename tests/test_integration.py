@@ -192,7 +192,7 @@ def _rank(rank, path):
     assert torch.equal(a, b) and keep.gap>0       # and one opinion of which weights those were
     learn.metrics = RobustAccuracy(PGD(.1, steps=3, random_start=False))
     with learn.no_bar(): share = learn.validate()[1]
-    mine = evaluate(net, *pixels(dls.valid), PGD(.1, steps=3, random_start=False), progress=False).robust
+    mine = evaluate(net, *pixels(dls.valid), PGD(.1, steps=3, random_start=False), bf16=False, progress=False).robust
     assert abs(share-torch.stack(both(mine)).mean().item()) < 1e-6
     dist.destroy_process_group()
 

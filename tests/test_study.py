@@ -31,7 +31,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
     assert not list(killed.rglob('.*.part'))
 
 def test_interrupted_says_how_to_go_on(tmp_path):
-    p = _cli('study', 'digits', '--out', tmp_path, *options)
+    p = _cli('study', 'digits', '--out', tmp_path, *options, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # also where the tests run in the background, deaf to Ctrl-C
     _wait_for_cells(tmp_path, 1, p)
     p.send_signal(signal.SIGINT)
     _,err = p.communicate()

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/evaluation.html.md"""
 # %% auto #0
 __all__ = ['half_width', 'RobustnessReport', 'evaluate', 'pixels']
 
-# %% ../nbs/10_evaluation.ipynb #237e574f
+# %% ../nbs/10_evaluation.ipynb #6710abe3
 import base64, io, json, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from .threat import *
 from .models import *
+from .quantization import *
 from .attacks import *
 from .autoattack import *
 from .guards import *
@@ -137,7 +138,7 @@ def to_html(self:RobustnessReport,
 @patch
 def _repr_html_(self:RobustnessReport): return self.to_html()
 
-# %% ../nbs/10_evaluation.ipynb #d8ed47ab
+# %% ../nbs/10_evaluation.ipynb #095a12d1
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
@@ -146,7 +147,7 @@ def evaluate(
     attacks, # One `Attack` or several, all under one threat model
     bs:int=256, # Images at a time
     seed:int=0, # Of the attacks' random starts
-    bf16:bool=None, # Craft in bfloat16? Default: where the hardware is fast at it, for modules that are not compiled
+    bf16:bool=None, # Craft in bfloat16? Default: where the hardware is fast at it, for modules that are neither quantized nor compiled
     thorough:bool=False, # Run all guards, on all images?
     parent=None, # The network before compression, for a guard
     twin=None, # Where `model` is deployed and has no gradients: its differentiable twin, on which attacks that need gradients craft
@@ -161,7 +162,7 @@ def evaluate(
     if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
     module = isinstance(model, nn.Module)
     device = next((p.device for p in model.parameters()), x.device) if module else x.device
-    if bf16 is None: bf16 = module and bf16_is_fast() and not any(hasattr(m, '_orig_mod') for m in model.modules())
+    if bf16 is None: bf16 = module and bf16_is_fast() and not any(isinstance(m, Quantizer) or hasattr(m, '_orig_mod') for m in model.modules())
     generator = torch.Generator(device).manual_seed(seed)
     n,left,took,examples,far = len(x),{},{},[],0.
     batch = lambda i: (x[i].to(device), y[i].to(device))

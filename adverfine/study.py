@@ -50,7 +50,7 @@ class Cell:
     @property
     def own_seed(self): return zlib.crc32(f'{self.data}-{self.name}'.encode())
 
-# %% ../nbs/12_study.ipynb #cb48a8bd
+# %% ../nbs/12_study.ipynb #1759d059
 _tenths = tuple(k/10 for k in range(1, 10))
 _grid = dict(levels=_tenths, bits=offered_bits, fine_tunings=('none', 'standard', 'adversarial'), parents=('standard',), seeds=(0,), steps=20)
 _presets = dict(
@@ -82,7 +82,7 @@ class Study:
     paper:bool=False             # The reference's threat model instead
     n_train:int=None             # Use only so many training images, validation included
     n_test:int=None              # Evaluate on only so many test images
-    bf16:bool=None               # Train and craft in bfloat16; default: where the hardware has it. Scores are float32
+    bf16:bool=None               # Train and craft in bfloat16; default: where the hardware has it. Scores are float32, and so are attacks on quantized networks
     path:str=None                # Folder of the data set
     download:bool=False          # Let torchvision download it
 
@@ -155,7 +155,7 @@ def results(self:Study) -> pd.DataFrame:
     done = [_load(f) for c in self.cells() if (f := self.out/'cells'/f'{c.name}.json').exists()]
     return pd.DataFrame(done, columns=[*_columns, 'verdict'])
 
-# %% ../nbs/12_study.ipynb #efa0ac3f
+# %% ../nbs/12_study.ipynb #8cfe9e15
 class _Tick(Callback):
     "Tell a progress bar of each training batch"
     def __init__(self, tick): self.tick = tick
@@ -203,7 +203,7 @@ def measure(self:Study,
         if cell.compression=='prune': learn.prune(cell.level)
         if cell.compression=='quantize': learn.quantize(cell.level)
         if cell.fine_tuning!='none': self._train(learn, cell.fine_tuning, self.fine_tune_epochs, self.fine_tune_lr, partial(tick, passes=_pace(cell)*self._passes(cell.fine_tuning)))
-        report = learn.robustness(self.attack, dl=dls.test, bf16=self.bf16, progress=sys.stderr.isatty())
+        report = learn.robustness(self.attack, dl=dls.test, bf16=self.bf16 and cell.compression!='quantize', progress=sys.stderr.isatty())
     tick(report.n, passes=_pace(cell)*(1+2*self.steps))
     taken = time.perf_counter()-start + (seconds if cell.compression==cell.fine_tuning=='none' else 0)
     example = dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)

@@ -1,5 +1,5 @@
 "The attack suite against torchattacks, the guards against networks that mask, and evaluations that go wrong"
-import contextlib, inspect, io, json
+import contextlib, copy, inspect, io, json
 import pytest, torch, torchattacks
 from torch import nn
 from fastai.vision.all import Learner, set_seed
@@ -9,6 +9,7 @@ from adverfine.autoattack import *
 from adverfine.data import *
 from adverfine.evaluation import *
 from adverfine.models import *
+from adverfine.quantization import *
 from adverfine.threat import *
 
 @pytest.fixture(scope='module')
@@ -245,3 +246,10 @@ def test_on_a_gpu():
     reports = [learn.robustness(attacks, bf16=o, n=200, thorough=True) for o in (False, True)]
     assert abs(reports[0].robust-reports[1].robust)<=.02
     for norm in ('linf', 'l2'): assert learn.robustness(Square(.3, norm=norm, queries=50), n=50).robust<=1
+
+def test_quantized_networks_are_attacked_in_float32(model, right):
+    "bfloat16 rounds a value over the edge of a step, and attacks another network"
+    small = copy.deepcopy(model)
+    assert evaluate(small, *right, FGSM(.1)).bf16==bf16_is_fast()
+    quantize(small, 1, [right[0][:64]])
+    assert not evaluate(small, *right, FGSM(.1)).bf16

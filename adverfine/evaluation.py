@@ -138,7 +138,7 @@ def to_html(self:RobustnessReport,
 @patch
 def _repr_html_(self:RobustnessReport): return self.to_html()
 
-# %% ../nbs/10_evaluation.ipynb #095a12d1
+# %% ../nbs/10_evaluation.ipynb #bed8b696
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
@@ -192,7 +192,7 @@ def evaluate(
         clean,robust = right.sum().item()/n,stands.sum().item()/n
         case = Case(model, *batch(right), stands[right].to(device), tuple(p for _,p in todo), tuple(left.values()), clean, far, parent, twin, thorough, bf16, seed)
         findings = look(case)
-        curve = {} if case.blind else _curve(case, right)
+        curve = _curve(case, right) if right.any() and not case.blind else {}
     return RobustnessReport(clean, robust, half_width(clean, n), half_width(robust, n), n, threat, attacks, left, took, time.perf_counter()-start, findings, bf16,
                             tuple(y.tolist()), tuple(outcomes), curve, tuple(o[1:] for o in examples), None if vocab is None else tuple(vocab))
 

@@ -253,3 +253,9 @@ def test_quantized_networks_are_attacked_in_float32(model, right):
     assert evaluate(small, *right, FGSM(.1)).bf16==bf16_is_fast()
     quantize(small, 1, [right[0][:64]])
     assert not evaluate(small, *right, FGSM(.1)).bf16
+
+def test_nothing_right_and_quantized(model, right):
+    small = copy.deepcopy(model)
+    quantize(small, 8, [right[0][:64]])
+    with torch.no_grad(): wrong = (small(right[0]).argmax(1)+1)%10
+    assert evaluate(small, right[0], wrong, PGD(.1)).clean==0

@@ -8,9 +8,12 @@ from .attacks import *
 from .autoattack import *
 from .pruning import *
 from .quantization import *
+from .acceleration import *
+from .objectives import *
 from .adversarial import *
 from .guards import *
 from .evaluation import *
 from .checkpoint import *
+from .recipes import *
 from .study import *
 from .report import *

@@ -36,7 +36,7 @@ _norms = dict(linf='l-inf', l2='l2')
 
 def _per_image(t): return t.flatten(1).norm(dim=1).view(-1, *[1]*(t.dim()-1))
 
-# %% ../nbs/00_threat.ipynb #acb8a404
+# %% ../nbs/00_threat.ipynb #bc7d7bf3
 @patch
 def distance(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
     "How far each image of `x_adv` is from `x` in this norm, shape (N,)"
@@ -44,13 +44,24 @@ def distance(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
     return d.abs().amax(1) if self.norm=='linf' else d.norm(dim=1)
 
 @patch
+def projection(self:ThreatModel,
+    x:Tensor, # Clean images (N,C,H,W)
+): # A function of images (N,C,H,W)
+    "`project` for many calls with the same clean images: what depends on them alone is done once"
+    if self.norm=='l2': return lambda x_adv: _onto_l2_ball(self, x_adv, x)
+    low,high = x-self.eps,x+self.eps
+    if self.clamp: low,high = low.clamp_min_(0),high.clamp_max_(1)
+    return lambda x_adv: x_adv.clamp(low, high)
+
+def _onto_l2_ball(threat, x_adv, x):
+    d = x_adv-x
+    x_adv = x + d*(threat.eps/_per_image(d).clamp_min(1e-12)).clamp_max(1)
+    return x_adv.clamp(0, 1) if threat.clamp else x_adv
+
+@patch
 def project(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
     "The image nearest to each of `x_adv` (N,C,H,W) that the adversary may choose for `x`"
-    if self.norm=='linf': x_adv = torch.minimum(torch.maximum(x_adv, x-self.eps), x+self.eps)
-    else:
-        d = x_adv-x
-        x_adv = x + d*(self.eps/_per_image(d).clamp_min(1e-12)).clamp_max(1)
-    return x_adv.clamp(0, 1) if self.clamp else x_adv
+    return self.projection(x)(x_adv)
 
 @patch
 def check(self:ThreatModel, x_adv:Tensor, x:Tensor, who:str='the attack'):

@@ -75,7 +75,7 @@ def _space(learn):
     "The pixel space of the batches in hand; where they come as a bare list, as in `show_results`, that of the Learner's DataLoaders"
     return pixel_space(learn.dl if hasattr(learn.dl, 'after_batch') else learn.dls)
 
-# %% ../nbs/10_adversarial.ipynb #274823f2
+# %% ../nbs/10_adversarial.ipynb #277126d0
 class FreeAdversarialTraining(_AdversarialBatches):
     "Learn from each batch `replays` times, moving one perturbation with the same backward passes; [arXiv 1904.12843](https://arxiv.org/abs/1904.12843)"
     def __init__(self,
@@ -91,14 +91,14 @@ class FreeAdversarialTraining(_AdversarialBatches):
 
     def before_batch(self):
         space,threat = _space(self.learn),self.attack.threat
-        self.x = space.to_pixels(self.xb[0])
-        fits = self.delta is not None and self.delta.shape==self.x.shape
-        self.x_adv = (threat.project(self.x+self.delta, self.x) if fits else self.x.clone()).requires_grad_()
-        self.learn.xb = (space.from_pixels(self.x_adv), *self.xb[1:])
+        self.images = space.to_pixels(self.xb[0])
+        fits = self.delta is not None and self.delta.shape==self.images.shape
+        self.moved = (threat.project(self.images+self.delta, self.images) if fits else self.images.clone()).requires_grad_()
+        self.learn.xb = (space.from_pixels(self.moved), *self.xb[1:])
 
     def after_backward(self):
-        threat,grad = self.attack.threat,self.x_adv.grad.nan_to_num()
-        self.delta = threat.project(self.x_adv.detach() + threat.eps*threat.steepest(grad), self.x) - self.x
+        threat,grad = self.attack.threat,self.moved.grad.nan_to_num()
+        self.delta = threat.project(self.moved.detach() + threat.eps*threat.steepest(grad), self.images) - self.images
 
 class _Replayed(GetAttr):
     "A DataLoader that yields each batch several times in a row"

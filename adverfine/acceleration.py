@@ -7,12 +7,14 @@ Docs: https://adverfine.github.io/adverfine/acceleration.html.md"""
 # %% auto #0
 __all__ = ['keep_memory', 'WhileAttached', 'BF16', 'Compile']
 
-# %% ../nbs/08_acceleration.ipynb #c25ed255
+# %% ../nbs/08_acceleration.ipynb #8521a5d3
 import ctypes, warnings
 from types import MethodType
 import torch
 from torch import nn
+from fastcore.basics import patch
 from fastai.callback.core import Callback
+from fastai.distributed import DistributedDL
 from .models import *
 
 # %% ../nbs/08_acceleration.ipynb #5f50fe7d
@@ -77,3 +79,12 @@ class Compile(WhileAttached):
         except Exception as e:
             self.detach()
             warnings.warn(f"torch.compile does not work here ({type(e).__name__}: {' '.join(str(e).split()[:12])}): the training goes on without")
+
+# %% ../nbs/08_acceleration.ipynb #23207caf
+@patch
+def _broadcast(self:DistributedDL, t, rank):
+    "`t`, a list of indices, as process `rank` has it"
+    gpu = torch.distributed.get_backend()=='nccl'
+    t = torch.tensor(t, device='cuda' if gpu else 'cpu')
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()

@@ -6,7 +6,7 @@ Docs: https://adverfine.github.io/adverfine/bench.html.md"""
 
 # %% auto #0
 __all__ = ['passes', 'data_pass', 'by_torchattacks', 'tough_cnn8', 'autoattack_race', 'training_step', 'training_race',
-           'recipe_race']
+           'precision_check', 'recipe_race']
 
 # %% ../nbs/17_bench.ipynb #f58350cf
 import json, subprocess, sys, time
@@ -249,7 +249,25 @@ def _summary(seconds, missing):
                   teraflops={k: round(r/1e12, 2) for k,r in rate.items()}, missing=[f'{k} (pip install {dict(art="adversarial-robustness-toolbox").get(m, m)})' for k,m in missing.items()], parts=parts)
     return result | (dict(learner_overhead=round(overhead, 3)) if overhead is not None else {})
 
-# %% ../nbs/17_bench.ipynb #0ef204e2
+# %% ../nbs/17_bench.ipynb #1fcccc75
+def precision_check(
+    seeds=(0,1,2), # A pair of trainings each
+    epochs:int=3, # Of each training
+    n_train:int=20_000, # Images of Fashion-MNIST, validation included
+    path=None, # Folder of Fashion-MNIST; default: where `fashion_mnist_dls` looks
+) -> dict: # Clean and robust accuracy for each precision and seed, and the differences of the means
+    "Adversarial training of `cnn8` in bfloat16 and in float32: robust accuracy of the two"
+    rows = []
+    for seed,kind in tqdm([(s, k) for s in seeds for k in ('bfloat16', 'float32')], desc='trainings'):
+        with no_random(seed):
+            learn = Learner(fashion_mnist_dls(path, n_train=n_train, seed=seed), cnn8(), loss_func=nn.CrossEntropyLoss())
+            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3, cbs=[AdversarialTraining(PGD(_eps, steps=_steps)), BF16() if kind=='bfloat16' else ChannelsLast()])
+        report = evaluate(learn.model.eval(), *pixels(learn.dls.test), PGD(_eps, steps=20), bf16=False, seed=0)
+        rows.append(dict(precision=kind, seed=seed, clean=report.clean, robust=report.robust))
+    mean = pd.DataFrame(rows).groupby('precision')[['clean', 'robust']].mean()
+    return dict(epochs=epochs, images=n_train, test_images=report.n, **{f'{k}_difference': round(float(mean.loc['bfloat16', k]-mean.loc['float32', k]), 4) for k in ('clean', 'robust')}, parts=rows)
+
+# %% ../nbs/17_bench.ipynb #a135599a
 _recipes = dict(
     madry=lambda attack, teacher: [AdversarialTraining(attack)],
     madry_average=lambda attack, teacher: [AdversarialTraining(attack), WeightAverage()],

@@ -7,10 +7,10 @@ Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/18_cli.ipynb #fafe57bc
+# %% ../nbs/18_cli.ipynb #ba4fa8b3
 import argparse, sys
 
-# %% ../nbs/18_cli.ipynb #9b0642b8
+# %% ../nbs/18_cli.ipynb #04252464
 _study_options = dict(
     out=(str, None, 'output folder; default: studies/NAME'),
     levels=(float, '*', 'shares of channels to prune, such as 0.5 0.9'),
@@ -32,6 +32,13 @@ _study_options = dict(
 
 _attacks = dict(autoattack=('AutoAttack', {}), fast=('AutoAttack', dict(version='fast')), apgd=('APGD', {}), apgd_dlr=('APGD', dict(loss='dlr')), fab=('FAB', {}),
                 square=('Square', {}), pgd=('PGD', dict(steps=20)), pgd50=('PGD', dict(steps=50)), fgsm=('FGSM', {}))
+
+_benches = dict(
+    data=('one pass over the 60,000 Fashion-MNIST images', lambda bench, args: bench.data_pass(args.path)),
+    evaluation=('AutoAttack against torchattacks (half an hour)', lambda bench, args: bench.autoattack_race(args.n or 1000, args.path)),
+    training=('a step of adversarial training against other libraries (minutes)', lambda bench, args: bench.training_race(args.rounds)),
+    precision=('robust accuracy after training in bfloat16 and in float32 (a quarter of an hour)', lambda bench, args: bench.precision_check(path=args.path)),
+    recipes=('fine-tuning recipes at equal seconds (hours)', lambda bench, args: dict(parts=bench.recipe_race(args.out, args.seconds, args.seed, n=args.n or 200, path=args.path).to_dict('records'))))
 
 def _parser():
     parser = argparse.ArgumentParser('adverfine', description='Compress vision models and keep them robust.')
@@ -57,13 +64,17 @@ def _parser():
     evaluate.add_argument('--json', action='store_true', help='print JSON')
     evaluate.add_argument('--html', metavar='FILE', help='write a page as well')
     bench = commands.add_parser('bench', help='measure speed on this machine')
-    bench.add_argument('what', choices=['data', 'evaluation'], help='data: one pass over the 60,000 Fashion-MNIST images; evaluation: AutoAttack against torchattacks (half an hour)')
-    bench.add_argument('--n', type=int, default=1000, help='images for evaluation; default: 1000')
+    bench.add_argument('what', choices=list(_benches), help='; '.join(f'{k}: {text}' for k,(text,_) in _benches.items()))
+    bench.add_argument('--n', type=int, default=None, help='images for evaluation (default: 1000) or for the AutoAttack of recipes (default: 200)')
+    bench.add_argument('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
+    bench.add_argument('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
+    bench.add_argument('--seed', type=int, default=0, help='of recipes')
+    bench.add_argument('--out', default='studies/recipes', help='folder for the results of recipes; default: studies/recipes')
     bench.add_argument('--path', help='folder of the data set')
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/18_cli.ipynb #06cf8234
+# %% ../nbs/18_cli.ipynb #da3aad07
 def _study(args):
     from adverfine.study import Study
     from adverfine.report import accuracy_table, write_report
@@ -100,7 +111,8 @@ def _evaluate(args):
 def _bench(args):
     import json
     from adverfine import bench
-    result = bench.data_pass(args.path) if args.what=='data' else bench.autoattack_race(args.n, args.path)
+    if args.n is not None and args.n<1 or args.rounds<1 or not args.seconds>0: raise ValueError(f'--n {args.n}, --rounds {args.rounds} and --seconds {args.seconds} must be positive')
+    result = _benches[args.what][1](bench, args)
     if args.json: return print(json.dumps(result))
     import pandas as pd
     for k,v in result.items():
@@ -116,7 +128,7 @@ def main(
     import warnings
     warnings.filterwarnings('ignore', category=FutureWarning)
     try: return dict(study=_study, evaluate=_evaluate, bench=_bench)[args.command](args) or 0
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         print(f'adverfine {args.command}: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

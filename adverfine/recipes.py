@@ -23,7 +23,7 @@ from .acceleration import *
 from .objectives import *
 from .adversarial import *
 
-# %% ../nbs/14_recipes.ipynb #760cbe9a
+# %% ../nbs/14_recipes.ipynb #f0fa6fc6
 class WeightAverage(Callback):
     "Validate and finish with an average of the weights, BatchNorm statistics re-estimated on adversarial batches; [arXiv 2010.03593](https://arxiv.org/abs/2010.03593)"
     order,remove_on_fetch = 55,True
@@ -46,7 +46,7 @@ class WeightAverage(Callback):
     def after_step(self):
         if self.learn.pct_train<self.start: return
         now = [p.detach() for p in bare(self.model).parameters()]
-        if self.mean is None or [p.shape for p in self.mean]!=[p.shape for p in now]: self.mean,self.steps = [p.clone() for p in now],1
+        if self.mean is None or not _alike(self.mean, now): self.mean,self.steps = [p.clone() for p in now],1
         else:
             self.steps += 1
             keep = 1-1/self.steps if self.decay is None else min(self.decay, 1-9/(self.steps+9))
@@ -62,7 +62,7 @@ class WeightAverage(Callback):
         self._estimate()
 
     def _give_back(self):
-        if self.own is not None: self._load(self.own)
+        if self.own is not None and _alike(self.own, list(bare(self.model).parameters())): self._load(self.own)
         self.own = None
 
     @torch.no_grad()
@@ -86,6 +86,8 @@ class WeightAverage(Callback):
                 for m,momentum in zip(norms, momenta): m.momentum = momentum
 
     def after_fit(self): self.mean = self.own = self.recent = None
+
+def _alike(a, b): return [o.shape for o in a]==[o.shape for o in b]
 
 # %% ../nbs/14_recipes.ipynb #f0e3823c
 class AWP(WhileAttached):

@@ -104,7 +104,7 @@ def random_start(self:ThreatModel,
         d = self.steepest(torch.randn(x.shape, **kw))*self.eps*torch.rand(len(x), 1, 1, 1, **kw)
     return self.project(x+d, x)
 
-# %% ../nbs/00_threat.ipynb #604864f4
+# %% ../nbs/00_threat.ipynb #f4bb4c3f
 class PixelSpace:
     "The way from a DataLoader's batches to pixels in [0,1] and back: `pixels = batch*std + mean`"
     def __init__(self,
@@ -145,5 +145,6 @@ def _like(t, x): return t.as_subclass(Tensor).to(x.device, x.dtype) if isinstanc
 def pixel_space(
     dl:TfmdDL, # A fastai DataLoader (or DataLoaders, whose `train` is taken)
 ) -> PixelSpace:
-    "The `PixelSpace` of the batches that `dl` yields, found in its transforms"
+    "The `PixelSpace` of the batches that `dl` yields, found in its transforms, also where `dl` wraps another, as fastai's `DistributedDL` does"
+    while isinstance(dl, TfmdDL) and 'dl' in vars(dl): dl = dl.dl
     return PixelSpace(o for o in getattr(getattr(dl, 'after_batch', None), 'fs', ()) if isinstance(o, Normalize))

@@ -1,0 +1,249 @@
+"What adversarial training promises and would bore a reader of the notebooks"
+import os, warnings
+import pytest, torch, torch.distributed as dist
+from torch import nn, Tensor
+from fastai.callback.core import Callback
+from fastai.distributed import *
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.optimizer import SGD
+from fastai.torch_core import set_seed
+from adverfine.threat import *
+from adverfine.data import *
+from adverfine.models import *
+from adverfine.attacks import *
+from adverfine.acceleration import *
+from adverfine.objectives import *
+from adverfine.adversarial import *
+from adverfine.recipes import *
+
+def _fit(learn, epochs=1, lr=1e-3, cbs=None):
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=cbs)
+    return learn
+
+def _weights(learn): return torch.cat([p.detach().flatten() for p in bare(learn.model).parameters()])
+
+def _bn_net(): return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+
+# --- several processes
+
+deterministic = PGD(.1, steps=3, random_start=False)
+
+def _train(bs, objective, **kwargs):
+    set_seed(0)
+    learn = Learner(digits_dls(bs=bs, n_train=142, normalize=(.5,.5)), cnn8(size=8), opt_func=SGD, metrics=[accuracy, RobustAccuracy(deterministic)], **kwargs)
+    assert len(learn.dls.train.dataset)==128
+    return learn, [AdversarialTraining(deterministic, objective() if objective else None)]
+
+def _rank(rank, path):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=os.environ['ADVERFINE_TEST_PORT'], ACCELERATE_USE_CPU='true')
+    for name,objective in dict(madry=None, mart=MART).items():
+        learn,cbs = _train(64, objective)
+        with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+            assert dist.get_backend()=='gloo'
+            learn.fit(4, .1, cbs=cbs)
+            record = learn.final_record
+        out = [torch.zeros_like(_weights(learn)) for _ in range(2)]
+        dist.all_gather(out, _weights(learn))
+        assert torch.equal(*out)
+        if not rank: torch.save(dict(weights=out[0], record=list(record)), f'{path}/{name}.pt')
+    dist.destroy_process_group()
+
+@pytest.mark.skipif(not dist.is_available(), reason='torch without distributed')
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    "fastai's `distrib_ctx` on two CPU processes: the same weights and the same table"
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        os.environ['ADVERFINE_TEST_PORT'] = str(s.getsockname()[1])
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    for name,objective in dict(madry=None, mart=MART).items():
+        learn,cbs = _train(128, objective)
+        begin = _weights(learn).clone()
+        _fit(learn, 4, .1, cbs)
+        theirs = torch.load(tmp_path/f'{name}.pt', weights_only=True)
+        moved = (_weights(learn)-begin).abs().max()
+        assert moved>.01 and (_weights(learn)-theirs['weights']).abs().max() < 1e-3*moved
+        assert torch.allclose(torch.tensor(learn.final_record[1:]), torch.tensor(theirs['record'][1:]), atol=.08)
+
+# --- what is left behind
+
+class Trouble(Callback):
+    "Fail in the forward pass of the second batch"
+    order = 60
+    def before_batch(self):
+        if self.training and self.iter==1: raise RuntimeError('trouble')
+
+def _learner(net=None, **kwargs): 
+    set_seed(0)
+    return Learner(digits_dls(n_train=300), (net or (lambda: cnn8(size=8)))(), metrics=accuracy, **kwargs)
+
+@pytest.mark.parametrize('make', [AWP, lambda: EpsilonWarmup(1), BF16, lambda: Compile(backend='aot_eager'), WeightAverage])
+def test_a_failed_fit_leaves_nothing(make):
+    learn,adversarial = _learner(),AdversarialTraining(PGD(.1, steps=2))
+    awp_seen = []
+    class AfterFirst(Callback):
+        order = 70
+        def after_batch(self):
+            if self.training: awp_seen.append(_weights(learn).clone())
+    with pytest.raises(RuntimeError, match='trouble'): _fit(learn, cbs=[adversarial, make(), AfterFirst(), Trouble()])
+    assert torch.equal(_weights(learn), awp_seen[0])            # AWP had moved the weights when trouble came
+    assert adversarial.attack==PGD(.1, steps=2)
+    assert 'forward' not in vars(learn.model) and learn.model._compiled_call_impl is None
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+# --- AWP
+
+def test_awp_takes_the_gradient_where_it_says():
+    "One step of SGD by hand, at weights moved by gamma times their norm along the gradient"
+    attack,gamma,lr = PGD(.1, steps=2, random_start=False),.02,.1
+    learn = Learner(digits_dls(bs=64, n_train=71, valid_pct=.1), cnn8(size=8), opt_func=SGD, loss_func=nn.CrossEntropyLoss())
+    start = [p.detach().clone() for p in learn.model.parameters()]
+    class Keep(Callback):
+        order = 24
+        def before_batch(self):
+            if self.training: self.learn.kept = self.xb[0].clone(),self.yb[0].as_subclass(Tensor)
+    _fit(learn, 1, lr, [AdversarialTraining(attack), AWP(gamma), Keep()])
+    by_hand = cnn8(size=8)
+    weights = list(by_hand.parameters())
+    with torch.no_grad():
+        for p,s in zip(weights, start): p.copy_(s)
+    grad = lambda: torch.autograd.grad(nn.functional.cross_entropy(by_hand(learn.kept[0]), learn.kept[1]), weights)
+    uphill = grad()
+    with torch.no_grad():
+        for p,g in zip(weights, uphill):
+            if p.dim()>1: p += gamma*p.norm()*g/g.norm()
+    moved = grad()
+    for p,s,g in zip(learn.model.parameters(), start, moved): torch.testing.assert_close(p.detach(), s-lr*g, rtol=1e-4, atol=1e-6)
+
+def test_awp_hides_its_extra_pass_from_batchnorm():
+    learns = [_learner(_bn_net, opt_func=SGD) for _ in range(2)]
+    for learn,cbs in zip(learns, ([], [AWP()])): _fit(learn, 1, 0., [AdversarialTraining(deterministic), *cbs])
+    assert learns[0].model[1].num_batches_tracked==learns[1].model[1].num_batches_tracked
+
+def test_awp_needs_adversarial_training():
+    with pytest.raises(ValueError, match='add AdversarialTraining'): _fit(_learner(), cbs=AWP())
+
+# --- averages
+
+class Trace(Callback):
+    order = 56
+    def before_fit(self): self.all = []
+    def after_step(self): self.all.append(_weights(self.learn).clone())
+
+def test_average_is_the_mean_of_all_steps():
+    learn,trace = _learner(),Trace()
+    _fit(learn, 3, cbs=[WeightAverage(None), trace])
+    torch.testing.assert_close(_weights(learn), torch.stack(trace.all).mean(0), rtol=1e-4, atol=1e-6)
+
+def test_average_starts_late_and_training_does_not_notice():
+    "The optimizer goes on with its own weights, though the mean of them was validated"
+    traces = [Trace(), Trace()]
+    for trace,cbs in zip(traces, ([], [WeightAverage(.9, start=.5)])): _fit(_learner(), 4, cbs=[trace, *cbs])
+    assert all(torch.equal(a, b) for a,b in zip(traces[0].all, traces[1].all))
+
+def test_batchnorm_is_estimated_on_adversarial_batches():
+    learn = _learner(_bn_net)
+    class Keep(Callback):
+        order = 50
+        def before_fit(self): self.seen = []
+        def after_pred(self):
+            if self.training: self.seen.append(self.xb[0].detach())
+    keep = Keep()
+    _fit(learn, 2, cbs=[AdversarialTraining(PGD(.1, steps=2)), WeightAverage(batches=3), keep])
+    conv,bn = learn.model[0],learn.model[1]
+    with torch.no_grad(): outs = [conv(x) for x in keep.seen[-3:]]
+    torch.testing.assert_close(bn.running_mean, torch.stack([o.mean((0,2,3)) for o in outs]).mean(0), rtol=1e-3, atol=1e-4)
+    assert bn.momentum==.1
+
+def test_average_begins_afresh_when_shapes_change():
+    from adverfine.pruning import StructuredPruning
+    learn = _learner()
+    _fit(learn, 3, cbs=[WeightAverage(), StructuredPruning(.5), AdversarialTraining(PGD(.1, steps=1))])
+    assert learn.model[0].out_channels==16
+
+# --- warm-up, free
+
+def test_warmup_scales_steps_too():
+    learn,seen = _learner(),[]
+    class Watch(Callback):
+        order = 21
+        def before_batch(self):
+            if self.training: seen.append(self.learn.adversarial_training.attack)
+    _fit(learn, 4, cbs=[AdversarialTraining(PGD(.1, steps=2, step_size=.04)), EpsilonWarmup(.5), Watch()])
+    assert seen[0].eps==0 and seen[-1]==PGD(.1, steps=2, step_size=.04)
+    assert all(abs(a.step_size-.4*a.eps) < 1e-9 for a in seen if a.eps)
+    assert [a.eps for a in seen]==sorted(a.eps for a in seen)
+
+def test_free_replays_and_keeps_the_budget():
+    learn,far = _learner(),[]
+    class Watch(Callback):
+        order = 21
+        def before_batch(self):
+            if self.training: far.append((self.xb[0]-self.learn.free_adversarial_training.images).abs().max().item())
+    free = FreeAdversarialTraining(.1, replays=3)
+    _fit(learn, 2, cbs=[free, Watch()])
+    assert len(far)==3*2*len(learn.dls.train) and far[0]==0 and .09<max(far)<=.1+1e-6
+    assert isinstance(learn.dls.train, BatchDL)
+
+# --- numbers that are none
+
+def test_float16_gradients_are_scaled():
+    "A network whose input gradient overflows in float16, one whose gradient vanishes, and one beyond help"
+    x,y = torch.rand(4, 1, 4, 4),torch.tensor([0,1,0,1])
+    class Half(nn.Module):
+        def __init__(self, up, down): super().__init__(); self.up,self.down = up,down
+        def forward(self, x):
+            x = x.half().flatten(1)
+            return ((torch.stack([x.mean(1), -x.mean(1)], 1)*self.down)*self.up)
+    exact = lambda up, down: torch.autograd.grad(nn.functional.cross_entropy(torch.stack([z.flatten(1).mean(1), -z.flatten(1).mean(1)], 1)*up*down, y, reduction='sum'), z)[0] if (z := x.clone().requires_grad_()) is not None else None
+    for up,down in (3e4, 3e-5), (1., 1.), (1., 2e-3):
+        got = input_grad(Half(up, down), x, y)
+        assert torch.isfinite(got).all() and (got.sign()==exact(up, down).sign()).all()
+    x_adv = PGD(.1, steps=3)(Half(6e4, 1.), x, y)
+    assert torch.isfinite(x_adv).all()
+
+def test_a_loss_that_is_no_number_stops_the_fit():
+    learn = _learner(loss_func=lambda p,y: nn.functional.cross_entropy(p, y)*float('inf'))
+    with pytest.raises(FloatingPointError, match='epoch 0, batch 0: lower the learning rate'): _fit(learn, cbs=AdversarialTraining(PGD(.1, steps=1)))
+
+def test_lr_find_survives_divergence():
+    learn = _learner(cbs=AdversarialTraining(PGD(.1, steps=1)))
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(end_lr=1e12, num_it=30, show_plot=False)
+
+# --- objectives and their neighbours
+
+@pytest.mark.parametrize('objective', [Madry(), TRADES(2), MART(2)])
+def test_objectives_compose(objective):
+    "With BF16, gradient accumulation, AWP, averaging and warm-up; a pruned and quantized network that follows its parent likewise"
+    from fastai.callback.training import GradientAccumulation, GradientClip
+    import adverfine.pruning, adverfine.quantization
+    learn = _learner(_bn_net)
+    cbs = lambda o: [AdversarialTraining(PGD(.1, steps=2), o), BF16(), GradientAccumulation(128), GradientClip(), AWP(), EpsilonWarmup(.5), WeightAverage()]
+    _fit(learn, 2, cbs=cbs(objective))
+    assert learn.final_record[2]==learn.final_record[2]
+    teacher = learn.frozen_copy()
+    assert not any(p.requires_grad for p in teacher.parameters())
+    learn.prune(.5).quantize(4)
+    _fit(learn, 2, cbs=cbs(RSLAD(teacher)))
+
+def test_metrics_see_the_attacked_half_only():
+    learn,sizes = _learner(),set()
+    class Watch(Callback):
+        order = 90
+        def after_loss(self): sizes.add((self.training, len(self.pred), len(self.yb[0])))
+    _fit(learn, cbs=[AdversarialTraining(PGD(.1, steps=1), TRADES()), Watch()])
+    assert all(a==b for _,a,b in sizes)
+
+def test_bf16_copy_does_not_borrow_the_original():
+    "A frozen copy made while BF16 is attached computes with its own weights"
+    learn = _learner(cbs=BF16())
+    twin,x = learn.frozen_copy(),learn.dls.valid.one_batch()[0].as_subclass(Tensor)
+    before = twin(x)
+    for p in learn.model.parameters(): p.data.zero_()
+    assert torch.equal(twin(x), before)
+
+@pytest.mark.parametrize('bad', [lambda: WeightAverage(1.), lambda: WeightAverage(start=2), lambda: AWP(0), lambda: EpsilonWarmup(0), lambda: MART(-1), lambda: FGSMRS(.1, step_size=0)])
+def test_bad_arguments(bad):
+    with pytest.raises(ValueError, match='='): bad()

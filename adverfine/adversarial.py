@@ -23,7 +23,7 @@ from .checkpoint import *
 from .acceleration import *
 from .objectives import *
 
-# %% ../nbs/10_adversarial.ipynb #31976c13
+# %% ../nbs/10_adversarial.ipynb #3982050c
 class _AdversarialBatches(Callback):
     "What callbacks that train on adversarial images share: they keep memory, and end a fit whose loss is no number"
     order,run_valid = 20,False
@@ -48,12 +48,16 @@ class AdversarialTraining(_AdversarialBatches):
         self.objective.check(attack)
 
     def before_batch(self):
-        space,clean,y = _space(self.learn),self.xb[0],self.yb[0].as_subclass(Tensor)
+        space,clean,y = _space(self.learn),self.xb[0].as_subclass(Tensor),self.yb[0].as_subclass(Tensor)
         bf16 = any(isinstance(cb, BF16) for cb in self.learn.cbs)
-        with torch.autocast(clean.device.type, torch.bfloat16, enabled=bf16): self.target = self.objective.target(self.model, clean.as_subclass(Tensor), y)
-        try: x_adv = space.from_pixels(self.attack(space.wrap(self.model), space.to_pixels(clean), self.target))
+        if self.iter==0: self.fast = crafting_network(self.model, clean[:2])
+        model = self.model if self.fast is None else self.fast.prepare(bf16)
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=bf16): self.target = self.objective.target(model, clean, y)
+        try: x_adv = space.from_pixels(self.attack(space.wrap(model), space.to_pixels(clean), self.target))
         except ValueError as e: raise ValueError(f"{e} (epoch {self.epoch}, batch {self.iter})") from e
-        self.learn.xb = (torch.cat([x_adv, clean.as_subclass(Tensor)]) if self.objective.looks_at_clean else x_adv, *self.xb[1:])
+        self.learn.xb = (torch.cat([x_adv, clean]) if self.objective.looks_at_clean else x_adv, *self.xb[1:])
+
+    def after_fit(self): self.fast = None
 
     def halves(self, pred):
         "The network's logits for attacked images and, where the objective looks at them, clean ones"

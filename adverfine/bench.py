@@ -119,7 +119,7 @@ def autoattack_race(
     return dict(images=n, eps=eps, clean=clean/n, robust=last['robust'], robust_torchattacks=last['robust_torchattacks'], seconds=round(sum(seconds[0]), 1), seconds_torchattacks=round(sum(seconds[1]), 1),
                 ratio=round(sum(seconds[0])/sum(seconds[1]), 3), ratios=[round(a/b, 3) for a,b in zip(*seconds)], bf16=ours.bf16, threads=torch.get_num_threads(), parts=list(rows.values()))
 
-# %% ../nbs/17_bench.ipynb #ea7991a0
+# %% ../nbs/17_bench.ipynb #c422b170
 _steps,_eps = 7,.05
 
 def _setting():
@@ -231,7 +231,7 @@ def training_race(
     names = [o for o in who or _contestants if o not in missing]
     took = {o: [] for o in names}
     for o in tqdm(names*rounds, desc='turns'):
-        call = f'import warnings; warnings.simplefilter("ignore"); from adverfine.bench import training_step; print("seconds", training_step({o!r}, {n}))'
+        call = f'import sys, warnings; warnings.simplefilter("ignore"); from adverfine.bench import training_step; sys.stdout.write(str(training_step({o!r}, {n})))'
         done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True)
         if done.returncode: raise RuntimeError(f'{o} failed:\n{done.stderr.strip()[-2000:]}')
         took[o].append(float(done.stdout.split()[-1]))
@@ -267,7 +267,7 @@ def precision_check(
     mean = pd.DataFrame(rows).groupby('precision')[['clean', 'robust']].mean()
     return dict(epochs=epochs, images=n_train, test_images=report.n, **{f'{k}_difference': round(float(mean.loc['bfloat16', k]-mean.loc['float32', k]), 4) for k in ('clean', 'robust')}, parts=rows)
 
-# %% ../nbs/17_bench.ipynb #a135599a
+# %% ../nbs/17_bench.ipynb #a9fa0db2
 _recipes = dict(
     madry=lambda attack, teacher: [AdversarialTraining(attack)],
     madry_average=lambda attack, teacher: [AdversarialTraining(attack), WeightAverage()],
@@ -279,6 +279,8 @@ _recipes = dict(
     rslad_nfgsm=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps), teacher=teacher), WeightAverage()],
     fgsm_rs=lambda attack, teacher: [AdversarialTraining(FGSMRS(attack.eps)), CatastrophicOverfitting()],
     nfgsm=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps)), CatastrophicOverfitting()],
+    nfgsm_average=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps)), WeightAverage(), CatastrophicOverfitting()],
+    fgsm_rs_average=lambda attack, teacher: [AdversarialTraining(FGSMRS(attack.eps)), WeightAverage(), CatastrophicOverfitting()],
     free=lambda attack, teacher: [FreeAdversarialTraining(attack.eps, replays=4), CatastrophicOverfitting()])
 
 _networks = {'pruned 0.5': lambda learn: learn.prune(.5), 'pruned 0.9': lambda learn: learn.prune(.9), 'int4': lambda learn: learn.quantize(4)}

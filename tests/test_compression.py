@@ -3,6 +3,7 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from fastai.vision.all import Learner, SGD, Adam, OptimWrapper
+from adverfine.acceleration import *
 from adverfine.adversarial import *
 from adverfine.attacks import *
 from adverfine.cost import *

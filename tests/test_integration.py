@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from fastai.vision.all import BnFreeze, Callback, CancelFitException, CastToTensor, Learner, SGD, TensorImage, accuracy, set_seed
+from adverfine.acceleration import *
 from adverfine.adversarial import *
 from adverfine.attacks import *
 from adverfine.data import *

@@ -247,3 +247,64 @@ def test_bf16_copy_does_not_borrow_the_original():
 @pytest.mark.parametrize('bad', [lambda: WeightAverage(1.), lambda: WeightAverage(start=2), lambda: AWP(0), lambda: EpsilonWarmup(0), lambda: MART(-1), lambda: FGSMRS(.1, step_size=0)])
 def test_bad_arguments(bad):
     with pytest.raises(ValueError, match='='): bad()
+
+# --- the network to craft on
+
+class Odd(nn.Module):
+    "Shared ReLU, functional ReLU and dropout, groups, dilation, a convolution that two others use, BatchNorm without affine"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = nn.Conv2d(1, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4, bias=False),nn.Conv2d(8, 8, (3,1), stride=(2,1))
+        self.norm,self.plain,self.relu,self.head = nn.BatchNorm2d(8, affine=False),nn.BatchNorm2d(8, track_running_stats=False),nn.ReLU(),nn.Linear(8, 10)
+    def forward(self, x):
+        x = nn.functional.relu(self.a(x))
+        x = self.relu(self.norm(self.b(x)) + x)
+        y = self.c(x)
+        y = self.plain(nn.functional.dropout(y, .5, self.training)) + y
+        return self.head(self.relu(y).mean((2,3)))
+
+def _gradient(network, x):
+    z = x.clone().requires_grad_()
+    with frozen(network): return torch.autograd.grad(network(z).float().logsumexp(1).sum(), z)[0]
+
+def test_crafting_network_of_an_odd_one():
+    torch.manual_seed(0)
+    net,x = Odd(),torch.rand(6, 1, 8, 8)
+    for _ in range(3): net(x)
+    flags = [m.training for m in net.modules()]
+    fast = crafting_network(net, x)
+    assert len(fast.fused)==3 and [m.training for m in net.modules()]==flags
+    torch.testing.assert_close(_gradient(fast, x), _gradient(net, x), rtol=1e-4, atol=1e-6)
+    with torch.no_grad(): net.a.weight.mul_(2)
+    torch.testing.assert_close(_gradient(fast.prepare(), x), _gradient(net, x), rtol=1e-4, atol=1e-6)     # weights are shared
+    exact = _gradient(net, x).flatten()
+    with torch.autocast('cpu', torch.bfloat16): rounded = _gradient(net, x).flatten()
+    similar = lambda g: nn.functional.cosine_similarity(g, exact, 0)
+    assert similar(_gradient(fast.prepare(bf16=True), x).flatten()) > similar(rounded)-.01      # no worse than bfloat16 is anyway
+    assert not any(p.grad is not None for p in net.parameters())
+
+def test_crafting_network_stands_back():
+    "Hooks must be heard, quantizers and parametrizations stay as they are, other precisions too"
+    from adverfine.quantization import quantize
+    x = torch.rand(4, 1, 8, 8)
+    hooked = cnn8(size=8)
+    hooked[1].register_forward_hook(lambda m, i, o: o*2)
+    parametrized = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 10, 3)), nn.Flatten())
+    quantized = cnn8(size=8); quantize(quantized, 8, [x])
+    for net in hooked, parametrized, quantized, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)): assert crafting_network(net, x) is None
+    assert crafting_network(cnn8(size=8).double(), x.double()) is None
+
+def test_training_does_not_notice_the_crafting_network(monkeypatch):
+    from adverfine import adversarial
+    learns = []
+    for off in (False, True):
+        if off: monkeypatch.setattr(adversarial, 'crafting_network', lambda model, x: None)
+        learns.append(_learner(_bn_net))
+        _fit(learns[-1], 2, cbs=AdversarialTraining(PGD(.1, steps=3, random_start=False)))
+    torch.testing.assert_close(_weights(learns[0]), _weights(learns[1]), rtol=1e-2, atol=1e-3)
+
+def test_pruning_between_epochs_is_seen():
+    from adverfine.pruning import StructuredPruning
+    learn = _learner()
+    _fit(learn, 3, cbs=[StructuredPruning(.5), AdversarialTraining(PGD(.1, steps=2))])
+    assert learn.model[0].out_channels==16 and not hasattr(learn.model, 'network')

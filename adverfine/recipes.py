@@ -153,11 +153,11 @@ class EpsilonWarmup(WhileAttached):
     def detach(self):
         if self._full is not None: self.adversarial.attack,self._full = self._full,None
 
-# %% ../nbs/14_recipes.ipynb #b18f98c4
+# %% ../nbs/14_recipes.ipynb #75fd466f
 @patch
 def adversarial_fine_tune(self:Learner,
     epochs:int, # Passes over the training images
-    attack:Attack|float, # Crafts the images to train on; or a radius in pixels, such as 8/255, which means `NFGSM(eps)`
+    attack:Attack|float, # Crafts the images to train on; or a radius in pixels, such as 8/255, which means `FGSMRS(eps)`
     lr:float=3e-3, # Top of the one-cycle learning rate
     objective:Objective|None=None, # See `AdversarialTraining`
     teacher:nn.Module|None=None, # A robust parent to learn from, such as `learn.frozen_copy()` before compression
@@ -166,7 +166,7 @@ def adversarial_fine_tune(self:Learner,
     **kwargs # For fastai's `fit_one_cycle`
 ) -> Learner:
     "Fine-tune on adversarial images by the recipe that did best at equal seconds"
-    if not isinstance(attack, Attack): attack = NFGSM(attack)
+    if not isinstance(attack, Attack): attack = FGSMRS(attack)
     recipe = [AdversarialTraining(attack, objective, teacher), WeightAverage(decay), CatastrophicOverfitting()]
     if bf16_is_fast() and not any(isinstance(cb, BF16) for cb in [*self.cbs, *L(cbs)]): recipe.append(BF16())
     self.fit_one_cycle(epochs, lr, cbs=[*recipe, *L(cbs)], **kwargs)

@@ -60,7 +60,7 @@ def _forward_in_bf16(model, *args):
         out = type(model).forward(model, *(o.to(memory_format=torch.channels_last) if isinstance(o, torch.Tensor) and o.dim()==4 else o for o in args))
     return out.float() if isinstance(out, torch.Tensor) else out
 
-# %% ../nbs/08_acceleration.ipynb #9b25feeb
+# %% ../nbs/08_acceleration.ipynb #410137f8
 class _ConvReLU(torch.autograd.Function):
     "Convolution and ReLU in one, differentiable for the input alone"
     @staticmethod
@@ -136,7 +136,7 @@ def crafting_network(
     "A faster network to craft on, which shares the weights of `model`"
     network = bare(model)
     if x.device.type!='cpu' or not torch.backends.mkldnn.is_available() or not any(map(_fusable, network.modules())): return None
-    if any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl is not None or hasattr(m, '_orig_mod') for m in model.modules()): return None
+    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, '_orig_mod') for m in model.modules()): return None
     with evaluating(network), torch.no_grad():
         try:
             own = vars(network).pop('forward', None)

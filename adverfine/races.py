@@ -37,7 +37,7 @@ from .adversarial import *
 from .evaluation import *
 from .recipes import *
 
-# %% ../nbs/18_races.ipynb #090406e4
+# %% ../nbs/18_races.ipynb #6b55706c
 _steps,_eps = 7,.05
 
 def _setting():
@@ -79,9 +79,9 @@ def _by_bare_loop(n):
     model,x,y = _setting()
     keep_memory()
     model.to(memory_format=torch.channels_last)
-    attack,opt = PGD(_eps, steps=_steps),torch.optim.Adam(model.parameters(), 1e-3)
+    attack,opt,fast = PGD(_eps, steps=_steps),torch.optim.Adam(model.parameters(), 1e-3),crafting_network(model, x[:2])
     def step():
-        with torch.autocast(x.device.type, torch.bfloat16): x_adv = attack(model, x, y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast is None): x_adv = attack(fast.prepare(bf16=True) if fast else model, x, y)
         with torch.autocast(x.device.type, torch.bfloat16): out = model(x_adv)
         F.cross_entropy(out.float(), y).backward()
         opt.step(); opt.zero_grad()

@@ -7,9 +7,8 @@ Docs: https://adverfine.github.io/adverfine/acceleration.html.md"""
 # %% auto #0
 __all__ = ['keep_memory', 'WhileAttached', 'BF16', 'CraftingNetwork', 'crafting_network', 'Compile']
 
-# %% ../nbs/08_acceleration.ipynb #7f4eb7c2
+# %% ../nbs/08_acceleration.ipynb #8db063ee
 import ctypes, warnings
-from types import MethodType
 import torch, torch.nn.functional as F
 from torch import fx, nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -43,24 +42,29 @@ class WhileAttached(Callback):
     def attach(self): pass
     def detach(self): pass
 
-# %% ../nbs/08_acceleration.ipynb #ecb5ff60
+# %% ../nbs/08_acceleration.ipynb #1be42fc9
 class BF16(WhileAttached):
     "Run the network in bfloat16 and channels_last, on CPU and GPU, for as long as this callback is attached to the Learner"
     order = -8
     def attach(self):
         self.network = bare(self.model)
-        self.network.forward = MethodType(_forward_in_bf16, self.network)
+        self.own = vars(self.network).get('forward')
+        self.network.forward = _InBF16(self.network.forward)
     def detach(self):
-        del self.network.forward
+        if self.own is None: del self.network.forward
+        else: self.network.forward = self.own
         self.network.to(memory_format=torch.contiguous_format)
     def before_fit(self): self.network.to(memory_format=torch.channels_last)
 
-def _forward_in_bf16(model, *args):
-    with torch.autocast(args[0].device.type, torch.bfloat16):
-        out = type(model).forward(model, *(o.to(memory_format=torch.channels_last) if isinstance(o, torch.Tensor) and o.dim()==4 else o for o in args))
-    return out.float() if isinstance(out, torch.Tensor) else out
+class _InBF16:
+    "`forward`, in bfloat16 and channels_last"
+    def __init__(self, forward): self.forward = forward
+    def __call__(self, *args):
+        with torch.autocast(args[0].device.type, torch.bfloat16):
+            out = self.forward(*(o.to(memory_format=torch.channels_last) if isinstance(o, torch.Tensor) and o.dim()==4 else o for o in args))
+        return out.float() if isinstance(out, torch.Tensor) else out
 
-# %% ../nbs/08_acceleration.ipynb #410137f8
+# %% ../nbs/08_acceleration.ipynb #bee800f1
 class _ConvReLU(torch.autograd.Function):
     "Convolution and ReLU in one, differentiable for the input alone"
     @staticmethod
@@ -137,14 +141,14 @@ def crafting_network(
     network = bare(model)
     if x.device.type!='cpu' or not torch.backends.mkldnn.is_available() or not any(map(_fusable, network.modules())): return None
     if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, '_orig_mod') for m in model.modules()): return None
+    own = network.forward
+    while isinstance(own, _InBF16): own = own.forward
+    if getattr(own, '__func__', None) is not type(network).forward: return None
     with evaluating(network), torch.no_grad():
         try:
-            own = vars(network).pop('forward', None)
             fast = CraftingNetwork(network, _Tracer().trace(network)).prepare().eval()
-            same = torch.allclose(fast(x), type(network).forward(network, x), rtol=1e-3, atol=1e-4)
+            same = torch.allclose(fast(x), own(x), rtol=1e-3, atol=1e-4)
         except Exception: return None
-        finally:
-            if own is not None: network.forward = own
     return fast if same else None
 
 # %% ../nbs/08_acceleration.ipynb #ac624e23

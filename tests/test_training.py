@@ -313,3 +313,26 @@ def test_pruning_between_epochs_is_seen():
     learn = _learner()
     _fit(learn, 3, cbs=[StructuredPruning(.5), AdversarialTraining(PGD(.1, steps=2))])
     assert learn.model[0].out_channels==16 and not hasattr(learn.model, 'network')
+
+# --- forwards of their own
+
+def test_bf16_twice_and_over_a_forward_of_its_own():
+    "On the Learner and on a fit; over a `forward` that was given to the instance, which is used and put back"
+    learn = _learner(cbs=BF16())
+    _fit(learn, cbs=BF16())
+    assert learn.model(learn.dls.valid.one_batch()[0].as_subclass(Tensor)).dtype==torch.float32 and 'forward' in vars(learn.model)
+    learn.remove_cb(BF16)
+    assert 'forward' not in vars(learn.model)
+
+    net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)
+    net.forward = zeros = lambda x: nn.Sequential.forward(net, x)*0
+    learn = Learner(learn.dls, net, cbs=BF16())
+    with torch.no_grad(): assert not net(x).any()
+    learn.remove_cb(BF16)
+    assert net.forward is zeros
+
+def test_crafting_network_knows_a_forward_of_its_own():
+    net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)
+    assert crafting_network(net, x) is not None
+    net.forward = lambda x: nn.Sequential.forward(net, x)*0
+    assert crafting_network(net, x) is None

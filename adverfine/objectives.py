@@ -48,13 +48,13 @@ def _check_soft(objective, attack):
     name = type(objective).__name__
     if not attack.soft: raise ValueError(f"{name} crafts away from probabilities, which {attack.name} does not take: use PGD, FGSMRS or NFGSM")
 
-# %% ../nbs/09_objectives.ipynb #ecc345d2
+# %% ../nbs/09_objectives.ipynb #384557b9
 class Madry(Objective):
     "The loss on attacked images; [arXiv 1706.06083](https://arxiv.org/abs/1706.06083)"
     looks_at_clean = False
     def __call__(self, adv, clean, y, target, base): return base(adv, y)
 
-# %% ../nbs/09_objectives.ipynb #5babae69
+# %% ../nbs/09_objectives.ipynb #2efe11d6
 class TRADES(Objective):
     "The loss on clean images, and `beta` times how far the attack moves the prediction; [arXiv 1901.08573](https://arxiv.org/abs/1901.08573)"
     def __init__(self,
@@ -74,7 +74,7 @@ class TRADES(Objective):
 
     def __call__(self, adv, clean, y, target, base): return base(clean, y) + self.beta*_kl(clean.softmax(1), adv)
 
-# %% ../nbs/09_objectives.ipynb #1522f7a6
+# %% ../nbs/09_objectives.ipynb #daa70764
 class MART(Objective):
     "A boosted loss on attacked images, and a divergence weighted by misclassification; [ICLR 2020](https://openreview.net/forum?id=rklOg6EFwS)"
     def __init__(self,
@@ -92,7 +92,7 @@ class MART(Objective):
         kl = F.kl_div(logp, p, reduction='none').sum(1)
         return (-logp[label] - others + self.lam*kl*(1-p[label])).mean()
 
-# %% ../nbs/09_objectives.ipynb #b5721fda
+# %% ../nbs/09_objectives.ipynb #5d7ca37d
 class RSLAD(Objective):
     "Follow a robust `teacher` instead of the labels; [arXiv 2108.07969](https://arxiv.org/abs/2108.07969)"
     def __init__(self,
@@ -110,7 +110,7 @@ class RSLAD(Objective):
 
     def __call__(self, adv, clean, y, target, base): return (1-self.alpha)*_kl(target, clean) + self.alpha*_kl(target, adv)
 
-# %% ../nbs/09_objectives.ipynb #02bcb498
+# %% ../nbs/09_objectives.ipynb #db4acf49
 @patch
 def frozen_copy(self:Learner) -> nn.Module:
     "A copy of the network as it is now, in eval mode and without gradients: the parent of what comes, and its teacher"

@@ -7,9 +7,10 @@ Docs: https://adverfine.github.io/adverfine/races.html.md"""
 # %% auto #0
 __all__ = ['training_step', 'training_race', 'precision_check', 'recipe_race']
 
-# %% ../nbs/18_races.ipynb #d58fe0d0
+# %% ../nbs/18_races.ipynb #7f3de38a
 import json, subprocess, sys, time
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,7 @@ from .adversarial import *
 from .evaluation import *
 from .recipes import *
 
-# %% ../nbs/18_races.ipynb #6b55706c
+# %% ../nbs/18_races.ipynb #87b21dce
 _steps,_eps = 7,.05
 
 def _setting():
@@ -145,13 +146,13 @@ def training_race(
     who=None, # Names of those that take part; default: all that are installed
 ) -> dict: # Images per second, and what follows from them; a row for each
     "Steps of adversarial training by adverfine and by others, in turns, each turn in a process of its own"
-    missing = {k: m for k,m in _needs.items() if not find_spec(m)}
+    missing = {k: m for k,m in _needs.items() if k in (who or _contestants) and not find_spec(m)}
     names = [o for o in who or _contestants if o not in missing]
     took = {o: [] for o in names}
-    for o in tqdm(names*rounds, desc='turns'):
+    for o in tqdm(names*rounds, desc='turns', delay=20):
         call = f'import sys, warnings; warnings.simplefilter("ignore"); from adverfine.races import training_step; sys.stdout.write(str(training_step({o!r}, {n})))'
         done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True)
-        if done.returncode: raise RuntimeError(f'{o} failed:\n{done.stderr.strip()[-2000:]}')
+        if done.returncode: raise ChildProcessError(f'{o} failed:\n{done.stderr.strip()[-2000:]}')
         took[o].append(float(done.stdout.split()[-1]))
     return _summary({k: median(v) for k,v in took.items()}, missing) | dict(rounds=rounds, seconds={k: [round(o, 5) for o in v] for k,v in took.items()})
 
@@ -167,25 +168,29 @@ def _summary(seconds, missing):
                   teraflops={k: round(r/1e12, 2) for k,r in rate.items()}, missing=[f'{k} (pip install {dict(art="adversarial-robustness-toolbox").get(m, m)})' for k,m in missing.items()], parts=parts)
     return result | (dict(learner_overhead=round(overhead, 3)) if overhead is not None else {})
 
-# %% ../nbs/18_races.ipynb #dad4cc4b
+# %% ../nbs/18_races.ipynb #47398a50
 def precision_check(
     seeds=(0,1,2), # A pair of trainings each
     epochs:int=3, # Of each training
-    n_train:int=12_000, # Images of Fashion-MNIST, validation included
-    path=None, # Folder of Fashion-MNIST; default: where `fashion_mnist_dls` looks
+    n_train:int=12_000, # Training images, validation included
+    data:str='fashion_mnist', # Name of a data set of grey images
+    **kwargs # For the data set, such as `path`
 ) -> dict: # Clean and robust accuracy for each precision and seed, and the differences of the means
     "Adversarial training of `cnn8` in bfloat16 and in float32: robust accuracy of the two"
     rows = []
-    for seed,kind in tqdm([(s, k) for s in seeds for k in ('bfloat16', 'float32')], desc='trainings'):
+    for seed,kind in tqdm([(s, k) for s in seeds for k in ('bfloat16', 'float32')], desc='trainings', delay=20):
         with no_random(seed):
-            learn = Learner(fashion_mnist_dls(path, n_train=n_train, seed=seed), cnn8(), loss_func=nn.CrossEntropyLoss())
+            dls = data_sets[data](n_train=n_train, seed=seed, **kwargs)
+            learn = Learner(dls, _cnn8(dls), loss_func=nn.CrossEntropyLoss())
             with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3, cbs=[AdversarialTraining(PGD(_eps, steps=_steps)), BF16() if kind=='bfloat16' else ChannelsLast()])
-        report = evaluate(learn.model.eval(), *pixels(learn.dls.test), PGD(_eps, steps=20), seed=0)
+        report = evaluate(learn.model.eval(), *pixels(dls.test), PGD(_eps, steps=20), seed=0)
         rows.append(dict(precision=kind, seed=seed, clean=report.clean, robust=report.robust))
     mean = pd.DataFrame(rows).groupby('precision')[['clean', 'robust']].mean()
     return dict(epochs=epochs, images=n_train, test_images=report.n, **{f'{k}_difference': round(float(mean.loc['bfloat16', k]-mean.loc['float32', k]), 4) for k in ('clean', 'robust')}, parts=rows)
 
-# %% ../nbs/18_races.ipynb #6fd6575f
+def _cnn8(dls): return cnn8(size=dls.valid.dataset.x.shape[-1])
+
+# %% ../nbs/18_races.ipynb #ff8e0280
 _recipes = dict(
     madry=lambda attack, teacher: [AdversarialTraining(attack)],
     madry_average=lambda attack, teacher: [AdversarialTraining(attack), WeightAverage()],
@@ -193,33 +198,94 @@ _recipes = dict(
     trades=lambda attack, teacher: [AdversarialTraining(attack, TRADES(6))],
     mart=lambda attack, teacher: [AdversarialTraining(attack, MART(5))],
     rslad=lambda attack, teacher: [AdversarialTraining(attack, teacher=teacher)],
-    rslad_average=lambda attack, teacher: [AdversarialTraining(attack, teacher=teacher), WeightAverage()],
     rslad_nfgsm=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps), teacher=teacher), WeightAverage()],
     fgsm_rs=lambda attack, teacher: [AdversarialTraining(FGSMRS(attack.eps)), CatastrophicOverfitting()],
+    fgsm_rs_average=lambda attack, teacher: [AdversarialTraining(FGSMRS(attack.eps)), WeightAverage(), CatastrophicOverfitting()],
     nfgsm=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps)), CatastrophicOverfitting()],
     nfgsm_average=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps)), WeightAverage(), CatastrophicOverfitting()],
-    fgsm_rs_average=lambda attack, teacher: [AdversarialTraining(FGSMRS(attack.eps)), WeightAverage(), CatastrophicOverfitting()],
-    free=lambda attack, teacher: [FreeAdversarialTraining(attack.eps, replays=4), CatastrophicOverfitting()])
+    free=lambda attack, teacher: [FreeAdversarialTraining(attack.eps, replays=_replays), CatastrophicOverfitting()])
 
 _networks = {'pruned 0.5': lambda learn: learn.prune(.5), 'pruned 0.9': lambda learn: learn.prune(.9), 'int4': lambda learn: learn.quantize(4)}
+_replays,_judges = 4,2000
 
-def _parent(path, seed, file):
-    "The dense parent, trained once and kept in `file`"
-    model = cnn8()
-    if not file.exists():
-        with no_random(seed):
-            learn = Learner(fashion_mnist_dls(path, seed=seed), cnn8(), loss_func=nn.CrossEntropyLoss())
-            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 4e-3, cbs=[AdversarialTraining(PGD(_eps, steps=5)), EpsilonWarmup(.2), *_fast()])
-        write_atomic(file, save({k: v.detach().contiguous() for k,v in learn.model.state_dict().items()}))
-    model.load_state_dict(load_file(file))
-    return model
+@dataclass
+class _Heats:
+    "Fine-tunings for equal seconds of one parent; what was measured is kept in the folder `out`"
+    out:Path
+    seconds:float
+    seed:int
+    n:int
+    lr:float
+    data:str
+    kwargs:dict
+
+    def __post_init__(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        settings = dict(seconds=self.seconds, n=self.n, lr=self.lr, data=self.data)
+        kept = self._kept('race', lambda: settings)
+        if kept!=settings: raise ValueError(f"{self.out} holds a race with {kept}, and this one has {settings}: give another folder as out")
+        self.dls,self.attack = data_sets[self.data](seed=self.seed, **self.kwargs),PGD(_eps, steps=5)
+        self.parent = self._parent(self.out/f'parent-{self.seed}.safetensors')
+        self.teacher = deepcopy(self.parent).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def _kept(self, name, measure):
+        "What `measure` says, or said when it was first called"
+        file = self.out/f'{name}.json'
+        if not file.exists(): write_atomic(file, json.dumps(measure()))
+        return json.loads(file.read_text())
+
+    def _parent(self, file):
+        model = _cnn8(self.dls)
+        if not file.exists():
+            with no_random(self.seed):
+                learn = Learner(self.dls, _cnn8(self.dls), loss_func=nn.CrossEntropyLoss())
+                with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 4e-3, cbs=[AdversarialTraining(self.attack), EpsilonWarmup(.2), *_fast()])
+            write_atomic(file, save({k: v.detach().contiguous() for k,v in learn.model.state_dict().items()}))
+        model.load_state_dict(load_file(file))
+        return model
+
+    def _part(self, batches):
+        "DataLoaders with so many training batches, and with all the validation images"
+        n_valid,n = len(self.dls.valid.dataset),min(len(self.dls.train.dataset), batches*self.dls.train.bs)
+        return data_sets[self.data](seed=self.seed, n_train=n_valid+n, valid_pct=n_valid/(n_valid+n), **self.kwargs)
+
+    def _learner(self, network, dls):
+        learn = Learner(dls, deepcopy(self.parent), loss_func=nn.CrossEntropyLoss())
+        with learn.no_bar(): _networks[network](learn)
+        return learn
+
+    def _fit(self, learn, recipe, epochs, lr, *cbs):
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=[*_recipes[recipe](self.attack, self.teacher), *_fast(), *cbs])
+
+    def pace(self, recipe, network):
+        "Seconds of a step"
+        def measure():
+            clock,learn = _Clock(),self._learner(network, self._part(18))
+            with no_random(0): self._fit(learn, recipe, 1, 0., clock)
+            return median(b-a for a,b in zip(clock.times, clock.times[1:]))
+        return self._kept(f'pace-{recipe}-{network}', measure)
+
+    def row(self, recipe, network):
+        "How accurate it is after its seconds"
+        def measure():
+            batches = self.seconds/self.pace(recipe, network)/(_replays if recipe=='free' else 1)
+            epochs = max(3, round(batches/len(self.dls.train)))
+            with no_random(self.seed):
+                learn = self._learner(network, self._part(max(1, round(batches/epochs))))
+                self._fit(learn, recipe, epochs, self.lr)
+            return dict(recipe=recipe, network=network, seed=self.seed, images=len(learn.dls.train)*learn.dls.train.bs*epochs, epochs=epochs) | self._judged(learn.model)
+        return self._kept(f'{recipe}-{network}-{self.seed}', measure)
+
+    def parent_row(self): return self._kept(f'parent-{self.seed}', lambda: dict(recipe='parent', network='dense', seed=self.seed) | self._judged(self.parent))
+
+    def _judged(self, model):
+        (x,y),model = (o[:_judges] for o in pixels(self.dls.valid)),model.eval()
+        report = evaluate(model, x, y, [PGD(_eps, steps=20), PGD(_eps, steps=50)], seed=self.seed, progress=False)
+        auto = evaluate(model, x[:self.n], y[:self.n], [PGD(_eps, steps=20), AutoAttack(_eps)], seed=self.seed, progress=False)
+        pgd20,pgd50 = report.left.values()
+        return dict(clean=report.clean, pgd20=pgd20, pgd50=pgd50, autoattack=auto.robust)
 
 def _fast(): return [BF16()] if bf16_is_fast() else []
-
-def _compressed(network, dls, parent):
-    learn = Learner(dls, deepcopy(parent), loss_func=nn.CrossEntropyLoss())
-    with learn.no_bar(): _networks[network](learn)
-    return learn
 
 def recipe_race(
     out, # Folder of the results
@@ -227,54 +293,18 @@ def recipe_race(
     seed:int=0, # Of parent and fine-tuning
     recipes=None, # Names; default: all
     networks=None, # Of 'pruned 0.5', 'pruned 0.9' and 'int4'; default: all
-    n:int=200, # Test images for AutoAttack
+    n:int=200, # Validation images for AutoAttack
     lr:float=3e-3, # Top of the one-cycle learning rate
-    path=None, # Folder of Fashion-MNIST
-) -> pd.DataFrame: # A row for each recipe and network: accuracy clean, under PGD-20 and PGD-50 on 2,000 test images, and under AutoAttack on `n` of them
+    data:str='fashion_mnist', # Name of a data set of grey images
+    **kwargs # For the data set, such as `path`
+) -> pd.DataFrame: # A row for each recipe and network, the parent first: accuracy clean, under PGD-20 and PGD-50 on 2,000 validation images, and under AutoAttack on `n` of them
     "Fine-tune compressed networks by each recipe for equal seconds, and attack what comes out"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    parent,attack = _parent(path, seed, out/f'parent-{seed}.safetensors'),PGD(_eps, steps=5)
-    teacher = deepcopy(parent).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    rows = {}
-    for r in recipes or _recipes:
-        for w in networks or _networks: _pace(r, w, parent, [*_recipes[r](attack, teacher), *_fast()], path, out)
-    with tqdm([(r, w) for w in networks or _networks for r in recipes or _recipes]) as bar:
-        for recipe,network in bar:
-            bar.set_postfix_str(f'{recipe}, {network}')
-            file = out/f'{recipe}-{network.replace(" ", "")}-{seed}.json'
-            if not file.exists(): write_atomic(file, json.dumps(_recipe_row(recipe, network, parent, teacher, attack, seconds, seed, n, lr, path, out)))
-            rows[recipe,network] = json.loads(file.read_text())
-    df = pd.DataFrame(list(rows.values()))
-    write_atomic(out/f'recipes-{seed}.csv', df.to_csv(index=False))
+    for name,known in [*((o, _recipes) for o in recipes or ()), *((o, _networks) for o in networks or ())]:
+        if name not in known: raise ValueError(f"{name!r} is not in this race: use one of {', '.join(known)}")
+    heats = _Heats(Path(out), seconds, seed, n, lr, data, kwargs)
+    entries = [(r, w) for w in networks or _networks for r in recipes or _recipes]
+    for o in tqdm(entries, desc='paces', delay=20): heats.pace(*o)
+    rows = [heats.parent_row(), *(heats.row(*o) for o in tqdm(entries, desc='recipes', delay=20))]
+    df = pd.DataFrame(rows)
+    write_atomic(heats.out/f'recipes-{seed}.csv', df.to_csv(index=False))
     return df
-
-def _pace(recipe, network, parent, cbs, path, out):
-    "Seconds of a step, measured once and kept in a file"
-    file,key = out/'pace.json',f'{recipe} {network}'
-    pace = json.loads(file.read_text()) if file.exists() else {}
-    if key not in pace:
-        clock,learn = _Clock(),_compressed(network, fashion_mnist_dls(path, n_train=5000), parent)
-        with learn.no_bar(), learn.no_logging(), no_random(0): learn.fit(1, 0., cbs=[clock, *cbs])
-        pace[key] = median(b-a for a,b in zip(clock.times, clock.times[1:]))
-        write_atomic(file, json.dumps(pace, indent=1))
-    return pace[key]
-
-def _recipe_row(recipe, network, parent, teacher, attack, seconds, seed, n, lr, path, out):
-    cbs = lambda: [*_recipes[recipe](attack, teacher), *_fast()]
-    batches = seconds/_pace(recipe, network, parent, cbs(), path, out)/(4 if recipe=='free' else 1)
-    with no_random(seed):
-        dls = fashion_mnist_dls(path, seed=seed)
-        epochs = max(3, round(batches/len(dls.train)))
-        dls = fashion_mnist_dls(path, seed=seed, n_train=min(60_000, round(batches/epochs*dls.train.bs/.9)))
-        learn = _compressed(network, dls, parent)
-        start = time.perf_counter()
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=cbs())
-        took = time.perf_counter()-start
-    x,y = pixels(dls.test)
-    model = learn.model.eval()
-    report = evaluate(model, x[:_n_pgd], y[:_n_pgd], [PGD(_eps, steps=20), PGD(_eps, steps=50)], seed=seed)
-    auto = evaluate(model, x[:n], y[:n], [PGD(_eps, steps=20), AutoAttack(_eps)], seed=seed)
-    left = list(report.left.values())
-    return dict(recipe=recipe, network=network, seed=seed, seconds=seconds, took=round(took, 1), epochs=epochs, images=len(dls.train)*dls.train.bs*epochs, clean=report.clean, pgd20=left[0], pgd50=left[1], autoattack=auto.robust, n=n)
-
-_n_pgd = 2000

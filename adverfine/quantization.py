@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/quantization.html.md"""
 # %% auto #0
 __all__ = ['offered_bits', 'check_bits', 'Quantizer', 'best_step', 'QuantConv2d', 'QuantLinear', 'quantize']
 
-# %% ../nbs/07_quantization.ipynb #268c8875
+# %% ../nbs/07_quantization.ipynb #226b7b0a
 import random
 from itertools import islice
 import torch, torch.nn.functional as F
@@ -16,22 +16,29 @@ from fastcore.basics import patch
 from fastai.learner import Learner
 from .models import *
 
-# %% ../nbs/07_quantization.ipynb #bc971f33
+# %% ../nbs/07_quantization.ipynb #c5c0ef6b
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, step, lo, hi, offset, scale, through):
-        ctx.save_for_backward(x, step)
-        ctx.codes,ctx.scale,ctx.through = (lo, hi, offset),scale,through
-        return _codes(x, step, lo, hi, offset).mul_(step)
+        out = _codes(x, step, lo, hi, offset).mul_(step)
+        ctx.save_for_backward(x, step, *([out] if ctx.needs_input_grad[1] else []))
+        ctx.bounds,ctx.scale,ctx.through = (lo-.5+offset, hi+.5+offset),scale,through
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        (x,step),(lo,hi,offset) = ctx.saved_tensors,ctx.codes
-        v = x/step
-        masked = torch.ops.aten.hardtanh_backward(grad, v, lo-.5+offset, hi+.5+offset)
-        grad_x,grad_step = grad if ctx.through else masked,None
-        if ctx.needs_input_grad[1]: grad_step = (grad*_codes(x, step, lo, hi, offset) - masked*v).float().sum_to_size(step.shape)*ctx.scale
-        return grad_x,grad_step,None,None,None,None,None
+        x,step,*out = ctx.saved_tensors
+        masked,grad_step = _masked(grad, x, step, *ctx.bounds),None
+        if out:
+            terms = torch.addcmul(grad*out[0], masked, x, value=-1)
+            grad_step = (terms.float().sum_to_size(step.shape) if step.dim() else terms.sum(dtype=torch.float32))/step*ctx.scale
+        return grad if ctx.through else masked,grad_step,None,None,None,None,None
+
+def _masked(grad, x, step, lo, hi):
+    "`grad` where `x/step` lies between `lo` and `hi`, else 0"
+    if not step.dim() and x.device.type=='cpu' and not torch.compiler.is_compiling(): lo,hi = lo*step.item(),hi*step.item()
+    else: x = x/step
+    return torch.ops.aten.hardtanh_backward(grad, x, lo, hi)
 
 def _codes(x, step, lo, hi, offset):
     "`c + o`, in one new tensor: on a processor, what costs is memory"
@@ -79,7 +86,7 @@ class Quantizer(nn.Module):
 
     def extra_repr(self): return f"bits={self.bits}, codes {self.lo} to {self.hi}" + (f" plus {self.offset}" if self.offset else '')
 
-# %% ../nbs/07_quantization.ipynb #3a0b4e78
+# %% ../nbs/07_quantization.ipynb #51713f8d
 @torch.no_grad()
 def best_step(
     x:Tensor, # Values to be rounded, (channels, n): one step for each row
@@ -95,7 +102,7 @@ def best_step(
         best,least = torch.where(error<least, step, best),torch.minimum(error, least)
     return best
 
-# %% ../nbs/07_quantization.ipynb #2bffc663
+# %% ../nbs/07_quantization.ipynb #3e5cb500
 class _QuantLayer:
     "What the quantized layers have in common"
     def storage_bytes(self):
@@ -156,7 +163,7 @@ def _swap(m, bits, sample, through):
     m.__class__ = _twins.get(type(m), type(m))
     return () if old else (m.w_quant.log_gain, m.x_quant.log_gain)
 
-# %% ../nbs/07_quantization.ipynb #b0298031
+# %% ../nbs/07_quantization.ipynb #722ed5e2
 @patch
 def quantize(self:Learner,
     bits:int, # 16, 8, 4, 2 or 1, for weights and for the inputs of layers

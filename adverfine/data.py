@@ -6,24 +6,27 @@ Docs: https://adverfine.github.io/adverfine/data.html.md"""
 
 # %% auto #0
 __all__ = ['fashion_vocab', 'cifar_vocab', 'data_sets', 'GreyImage', 'ImageSet', 'BatchDL', 'SplitDataLoaders', 'image_dls',
-           'digits_dls', 'read_idx', 'fashion_mnist_dls', 'RandomCropFlip', 'cifar10_dls']
+           'digits_dls', 'read_idx', 'fashion_mnist_dls', 'RandomCropFlip', 'cifar10_dls', 'pixels', 'training_batches']
 
-# %% ../nbs/01_data.ipynb #756cb2f9
-import gzip, os, pickle, struct, zlib
+# %% ../nbs/01_data.ipynb #bb6fd635
+import gzip, os, pickle, random, struct, zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 import numpy as np, torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.data.load import chunked
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorImage, TensorCategory, default_device
 import fastai.vision.data  # how to show image batches
 from fasttransform import Transform
 from fastcore.meta import delegates
 from fastcore.xtras import is_listy
-from .threat import check_images
+from .threat import check_images, pixel_space
 
 # %% ../nbs/01_data.ipynb #78ee13b9
 class GreyImage(TensorImage):
@@ -245,3 +248,22 @@ def cifar10_dls(
 
 # %% ../nbs/01_data.ipynb #e6056d1e
 data_sets = dict(digits=digits_dls, fashion_mnist=fashion_mnist_dls, cifar10=cifar10_dls)
+
+# %% ../nbs/01_data.ipynb #c92c8174
+def pixels(
+    dl, # A fastai DataLoader
+) -> tuple: # Images (N,C,H,W) in [0,1] and labels (N,), on the CPU
+    "Everything in `dl`, normalisation undone"
+    space = pixel_space(dl)
+    xs,ys = zip(*((space.to_pixels(b[0]).cpu(), b[1].as_subclass(Tensor).cpu()) for b in dl))
+    return torch.cat(xs),torch.cat(ys)
+
+def training_batches(
+    learn:Learner,
+    n:int=4, # How many
+) -> list: # Of images (N,C,H,W) as the network wants them, and labels (N,), on its device
+    "The first few training batches, shuffled by a fixed seed"
+    if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"{n} training batches are none to look at: ask for 1 or more")
+    dl,device = learn.dls.train.new(),next(learn.model.parameters()).device
+    dl.rng = random.Random(0)
+    return [tuple(o.detach().as_subclass(Tensor).to(device) for o in b[:2]) for b in islice(dl, n)]

@@ -283,7 +283,7 @@ hostile += [_set('factory', 'kwargs', o) for o in (None, 7, [], 'size', dict(siz
 hostile += [_set('factory', dict(factory='torchvision.models.resnet18', kwargs=o)) for o in (dict(pretrained=True), dict(weights='DEFAULT'), dict(progress=True), dict(num_classes=huge), dict(num_classes='7'), dict(norm_layer='os.system'), dict(num_classes=10))]
 hostile += [_set('layers', '2', k, o) for k in ('in_channels', 'out_channels', 'groups') for o in (-1, 0, huge, 10**30, '6', 6.0, None, True, [6], 2, KeyError)]
 hostile += [_set('layers', '2', 'type', o) for o in ('os.system', 'Linear', 'Conv2d', 'QuantLinear', None, ['QuantConv2d'], KeyError)]
-hostile += [_set('layers', '2', q, k, o) for q in ('w_quant', 'x_quant') for k,os_ in dict(bits=(3, 0, -1, huge, 4.0, '4', True, None, KeyError), signed=(1, 'yes', None, KeyError), through=('os.system', KeyError), lo=(-8,)).items() for o in os_]
+hostile += [_set('layers', '2', q, k, o) for q in ('w_quant', 'x_quant') for k,os_ in dict(bits=(5, 0, -1, huge, 4.0, '4', True, None, KeyError), signed=(1, 'yes', None, KeyError), through=('os.system', KeyError), lo=(-8,)).items() for o in os_]
 hostile += [_set('layers', '2', 'w_quant', o) for o in (None, [], 'Quantizer', KeyError)] + [_set('layers', '2', 'z_quant', {})]
 hostile += [_set('layers', k, o) for k,o in (('2', KeyError), ('2', None), ('2', []), ('1', dict(type='Conv2d')), ('forward', dict(type='Linear', in_features=1, out_features=1)), ('__class__', {}))]
 hostile += [_set('normalize', o) for o in (None, 7, [7], [{}], [dict(mean=[.5])], [dict(mean=['x'], std=[1])], [dict(mean=[.5], std=[0])], [dict(mean=[float('nan')], std=[1])], [dict(mean=[float('inf')], std=[1])], [dict(mean=[.5]*7, std=[.5]*7)], [dict(mean=[10**400], std=[1])])]

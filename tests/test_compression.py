@@ -1,6 +1,6 @@
 "Pruning and quantization: the optimizer follows, nothing frozen thaws, gradients are what the formula says"
 from functools import partial
-import pytest, torch
+import pytest, torch, torchvision
 from torch import nn
 from fastai.vision.all import Learner, SGD, Adam, OptimWrapper
 from adverfine.acceleration import *
@@ -75,7 +75,7 @@ def test_prune_refuses_and_changes_nothing():
     x = torch.rand(2, 1, 8, 8)
     twin = cnn8(size=8); quantize(twin, 8, [x])
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(4*36, 10))
-    for net,level,why in [(twin, .5, 'prune before quantizing'), (normed, .5, 'parametriz'), (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), .5, 'no prunable layers'), (cnn8(size=8), 0, 'level=0'), (cnn8(size=8), .98, 'at most 0.969')]:
+    for net,level,why in [(twin, .5, 'prune before quantizing'), (normed, .5, 'parametriz'), (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), .5, 'no prunable layers'), (cnn8(size=8), 0, 'level=0'), (cnn8(size=8), .98, 'at most 0.968')]:
         shapes = [p.shape for p in net.parameters()]
         with pytest.raises(ValueError, match=why): prune(net, level, x)
         assert shapes==[p.shape for p in net.parameters()] and all(p.requires_grad for p in net.parameters()) and all(m.training for m in net.modules())
@@ -120,9 +120,120 @@ def test_calibration_is_on_training_images_only():
     train = {im.numpy().tobytes() for im in learn.dls.train.dataset.x}
     assert seen and all(im.numpy().tobytes() in train for x in seen for im in x)
 
-@pytest.mark.parametrize('bits', [16, 8, 4, 2, 1])
+@pytest.mark.parametrize('bits', [16, 8, 4, 3, 2, 1])
 def test_adversarial_fine_tuning_of_a_twin(bits):
     learn = _learner(metrics=RobustAccuracy(PGD(.1, steps=2)))
     learn.quantize(bits)
     _fit(learn, 1, 1e-3, cbs=[AdversarialTraining(PGD(.1, steps=2)), BF16()])
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+_pictures = lambda size=64: torch.rand(2, 3, size, size)
+
+@pytest.mark.parametrize('name,kw', [('resnet18', dict(macs=.25)), ('mobilenet_v3_small', dict(macs=.25, scope='global', criterion='bn')), ('regnet_y_400mf', dict(macs=.3)), ('squeezenet1_1', dict(macs=.5, round_to=8))])
+def test_macs_are_what_was_asked_for(name, kw):
+    torch.manual_seed(0)
+    net,x = torchvision.models.get_model(name, weights=None, num_classes=10),_pictures()
+    before = macs(net, x)
+    prune(net, None, x, **kw)
+    assert abs(macs(net, x)/before-kw['macs'])<=.02
+    assert net(x).shape==(2, 10)
+    net(x).sum().backward()
+
+def test_a_transformer_keeps_its_stream_and_loses_of_its_mlps():
+    net = torchvision.models.VisionTransformer(32, 8, 2, 4, 48, 96, num_classes=10)
+    prune(net, .5, _pictures(32))
+    assert [m.out_features for n,m in net.named_modules() if isinstance(m, nn.Linear) and '.mlp' in n]==[48, 48]*2
+    assert net(_pictures(32)).shape==(2, 10)
+
+def test_global_pruning_keeps_its_floor():
+    torch.manual_seed(0)
+    net = cnn8()
+    net[2].weight.data *= 1e-3                 # a layer that the ranking would take away
+    prune(net, .5, torch.rand(2, 1, 28, 28), scope='global', floor=.25)
+    left = [m.out_channels for m in net if isinstance(m, nn.Conv2d)]
+    assert all(a>=b/4 for a,b in zip(left, (32, 32, 64, 64, 128, 128))) and sum(left) + net[13].out_features == 288
+
+def test_criteria_rank_as_they_say():
+    torch.manual_seed(0)
+    w = torch.randn(8, 1, 3, 3)
+    ranks = {}
+    for criterion in ('l1', 'l2', 'bn', 'random'):
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*36, 10))
+        net[0].weight.data.copy_(w); net[1].weight.data.copy_(torch.arange(8)); net[4].weight.data.fill_(0)
+        prune(net, .5, torch.rand(2, 1, 8, 8), criterion=criterion)
+        ranks[criterion] = {i for i in range(8) if any(torch.equal(w[i], o) for o in net[0].weight)}
+    assert ranks['bn']=={4, 5, 6, 7} and all(len(o)==4 for o in ranks.values())
+    by_norm = lambda p: set((w.flatten(1).abs().pow(p).sum(1)).argsort()[4:].tolist())
+    assert by_norm(2)!={4, 5, 6, 7}
+    net = lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8*36, 10))
+    for p in (1, 2):
+        m = net(); m[0].weight.data.copy_(w); m[0].bias.data.zero_(); m[2].weight.data.zero_()
+        prune(m, .5, torch.rand(2, 1, 8, 8), criterion=f'l{p}')
+        assert {i for i in range(8) if any(torch.equal(w[i], o) for o in m[0].weight)}==by_norm(p)
+
+def test_taylor_is_the_formula_and_leaves_no_trace():
+    learn = _learner(loss_func=nn.CrossEntropyLoss())
+    taylor = Taylor(PGD(.1, steps=1, random_start=False), n_batches=1)
+    first = learn.model[0].weight
+    first.grad = torch.ones_like(first)
+    state = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    grads = taylor.gradients(learn)
+    (x,y),net = training_batches(learn, 1)[0],learn.model.eval()
+    adv = taylor.attack(net, x, y)
+    want = torch.autograd.grad(nn.functional.cross_entropy(net(adv), y), list(net.parameters()))
+    for p,g in zip(net.parameters(), want): torch.testing.assert_close(grads[p], g)
+    assert torch.equal(first.grad, torch.ones_like(first)) and all(torch.equal(v, state[k]) for k,v in net.state_dict().items())
+
+def test_prune_sees_through_compile_and_refuses_shared_weights():
+    x = torch.rand(2, 1, 8, 8)
+    net = cnn8(size=8)
+    net.compile(backend='eager')
+    net(x)
+    prune(net, .5, x)
+    assert net(x).shape==(2, 10) and net[0].out_channels==16 and net._compiled_call_impl
+    prune(torch.compile(net, backend='eager'), .5, x)
+    assert net[0].out_channels==8
+    tied = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 10))
+    tied[2].weight = tied[1].weight
+    with pytest.raises(ValueError, match="layers '1' and '2' share a parameter"): prune(tied, .5, x)
+
+def test_a_layer_that_runs_twice_is_cut_once():
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.c = nn.Conv2d(1, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1),nn.Linear(8*64, 10)
+        def forward(self, x): return self.c(self.b(self.b(self.a(x))).flatten(1))
+    net,x = Twice(),torch.rand(2, 1, 8, 8)
+    prune(net, .5, x)
+    assert net(x).shape==(2, 10) and net.a.out_channels==net.b.in_channels==net.b.out_channels==4
+
+@pytest.mark.parametrize('kw,why', [(dict(), 'give one of them'), (dict(level=True), 'level=True'), (dict(macs=1.), 'macs=1.0'), (dict(level=.5, scope='layer'), 'use .uniform. or .global.'), (dict(level=.5, floor=1), 'floor=1'),
+                                    (dict(level=.5, round_to=0), 'round_to=0'), (dict(level=dict(a=.5), scope='global'), 'leave nothing to choose'), (dict(level=.5, criterion='L1'), 'criterion=.L1. is unknown')])
+def test_plans_that_make_no_sense(kw, why):
+    with pytest.raises(ValueError, match=why): PruningPlan(**kw)
+    with pytest.raises(ValueError, match=why): StructuredPruning(**kw)
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v3_small', 'convnext_tiny', 'densenet121'])
+def test_twins_of_pruned_networks(name):
+    torch.manual_seed(0)
+    net,x = torchvision.models.get_model(name, weights=None, num_classes=10),_pictures()
+    prune(net, .5, x)
+    quantize(net, (4, 8), [x], ends=8)
+    with torch.autocast('cpu', torch.bfloat16): out = net(x)
+    assert out.isfinite().all() and out.shape==(2, 10)
+    net(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+def test_calibrations_clip_more_or_less():
+    torch.manual_seed(0)
+    x,q = torch.cat([torch.randn(1, 4096), torch.tensor([[50.]])], 1),Quantizer(4)
+    steps = {k: f(x, q).item()*q.hi for k,f in calibrations.items()}
+    assert steps['minmax']==pytest.approx(50) and steps['percentile']<5 and steps['mse']<steps['minmax']
+    mean = {k: (torch.round(x/(s/q.hi)).clamp(q.lo, q.hi)*s/q.hi-x).square().mean().item() for k,s in steps.items()}
+    assert mean['mse']<=min(mean.values())*1.05
+
+def test_bits_for_weights_inputs_and_single_layers():
+    x = torch.rand(8, 1, 8, 8)
+    net = cnn8(size=8)
+    quantize(net, (1, 8), [x], ends=(8, 4), layers={'4': 16, '1[0-9]': (2, 4)})
+    bits = {n: (m.w_quant.bits, m.x_quant.bits) for n,m in net.named_modules() if hasattr(m, 'w_quant')}
+    assert bits=={'0': (8, 4), '2': (1, 8), '4': (16, 16), '6': (1, 8), '8': (1, 8), '10': (2, 4), '13': (2, 4), '15': (2, 4)}
+    assert all(len(m.w_quant(m.weight).flatten(1)[0].unique())<=2**b for (n,(b,_)),m in zip(bits.items(), (m for m in net.modules() if hasattr(m, 'w_quant'))))

@@ -15,5 +15,6 @@ from .guards import *
 from .evaluation import *
 from .checkpoint import *
 from .recipes import *
+from .deployment import *
 from .study import *
 from .report import *

@@ -7,14 +7,14 @@ Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/20_cli.ipynb #f7869914
+# %% ../nbs/20_cli.ipynb #030f9b69
 import argparse, sys
 
-# %% ../nbs/20_cli.ipynb #c18f80ae
+# %% ../nbs/20_cli.ipynb #cc99e4f2
 _study_options = dict(
     out=(str, None, 'output folder; default: studies/NAME'),
     levels=(float, '*', 'shares of channels to prune, such as 0.5 0.9'),
-    bits=(int, '*', 'bits to quantize to, of 16 8 4 2 1'),
+    bits=(int, '*', 'bits to quantize to, of 16 8 4 3 2 1'),
     fine_tunings=(str, '+', 'of none, standard and adversarial'),
     parents=(str, '+', 'how parents are trained: standard, adversarial or both'),
     seeds=(int, '+', 'one parent each'),
@@ -36,6 +36,7 @@ _attacks = dict(autoattack=('AutoAttack', {}), fast=('AutoAttack', dict(version=
 _benches = dict(
     data=('one pass over the 60,000 Fashion-MNIST images', lambda args, bench, races: bench.data_pass(args.path)),
     evaluation=('AutoAttack against torchattacks (half an hour)', lambda args, bench, races: bench.autoattack_race(args.n or 1000, args.path)),
+    inference=('dense, pruned and int8 networks in every engine that is installed (minutes)', lambda args, bench, races: bench.inference_race()),
     training=('a step of adversarial training against other libraries (minutes)', lambda args, bench, races: races.training_race(args.rounds)),
     precision=('robust accuracy after training in bfloat16 and in float32 (ten minutes)', lambda args, bench, races: races.precision_check(path=args.path)),
     recipes=('fine-tuning recipes at equal seconds (hours)', lambda args, bench, races: dict(parts=races.recipe_race(args.out, args.seconds, args.seed, n=args.n or 200, path=args.path).to_dict('records'))))
@@ -74,7 +75,7 @@ def _parser():
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/20_cli.ipynb #579b8bf7
+# %% ../nbs/20_cli.ipynb #1adf990f
 def _study(args):
     from adverfine.study import Study
     from adverfine.report import accuracy_table, write_report

@@ -119,7 +119,7 @@ def _images(learn, n=1000):
     found = pixels(learn.dls.valid)[0][:n]
     return torch.cat([found, pixels(learn.dls.train)[0][:n-len(found)]]) if len(found)<n else found
 
-# %% ../nbs/15_deployment.ipynb #6a88f43c
+# %% ../nbs/15_deployment.ipynb #455617e2
 def _need(*packages, extra='onnx'):
     missing = [o for o in packages if not find_spec(o)]
     if missing: raise ImportError(f"{', '.join(missing)} {'is' if len(missing)==1 else 'are'} not installed: pip install 'adverfine[{extra}]'")
@@ -134,6 +134,7 @@ class OnnxNetwork:
         import onnxruntime as ort
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # threads that spin while they wait slow down everything beside them
         self.session = ort.InferenceSession(file if isinstance(file, bytes) else str(file), options, providers=['CPUExecutionProvider'])
         self.name = self.session.get_inputs()[0].name
     def __call__(self, x): return torch.from_numpy(self.session.run(None, {self.name: x.detach().cpu().numpy()})[0])

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/checkpoint.html.md"""
 # %% auto #0
 __all__ = ['write_atomic', 'compressed_info', 'load_compressed']
 
-# %% ../nbs/13_checkpoint.ipynb #44a5c5a3
+# %% ../nbs/13_checkpoint.ipynb #a937e8ad
 import copy, hashlib, json, os, re
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +21,10 @@ from fastai.torch_core import get_model, no_random
 from . import __version__
 from .threat import *
 from .models import *
+from .cost import *
 from .quantization import *
 
-# %% ../nbs/13_checkpoint.ipynb #d423823f
+# %% ../nbs/13_checkpoint.ipynb #83e96806
 def write_atomic(
     path, # File to write
     content, # str or bytes
@@ -40,7 +41,7 @@ def write_atomic(
     except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/13_checkpoint.ipynb #2bdcd500
+# %% ../nbs/13_checkpoint.ipynb #1fb07d62
 _ours = {f'adverfine.models.{f.__name__}': f for f in (cnn8, resnet18_cifar)}
 _torchvision_arguments = set('num_classes dropout image_size aux_logits transform_input init_weights'.split())
 
@@ -70,7 +71,7 @@ def _made_by(model, factory, kwargs):
     if hasattr(model, 'made_by'): return model.made_by
     raise ValueError(f"{type(model).__name__} does not say how it was made: pass factory='torchvision.models.resnet18' and its arguments, or the function that makes it")
 
-# %% ../nbs/13_checkpoint.ipynb #3147f4ab
+# %% ../nbs/13_checkpoint.ipynb #9ab4f801
 _sizes = {nn.Conv2d: ('in_channels', 'out_channels', 'groups'), nn.Linear: ('in_features', 'out_features'), nn.BatchNorm2d: ('num_features',)}
 _twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _sizes.update({twin: _sizes[k] for k,twin in _twins.items()})
@@ -106,7 +107,7 @@ def _become(name, m, said):
         if quantizers: m.w_quant.begin(torch.ones(n, *[1]*len(rest)))
     m.__class__ = cls
 
-# %% ../nbs/13_checkpoint.ipynb #acc11983
+# %% ../nbs/13_checkpoint.ipynb #8b2997d1
 def _normalize(said):
     "The transforms in the description"
     for o in said:
@@ -139,7 +140,54 @@ def _assemble(record, weights, factory=None):
     model.load_state_dict({k: v.clone() for k,v in stored.items()}, assign=True)
     return pixel_model.cpu()
 
-# %% ../nbs/13_checkpoint.ipynb #99700608
+# %% ../nbs/13_checkpoint.ipynb #88c80df5
+_fence = '`'*3
+
+def _size(said):
+    "A layer's sizes, and the bits of its weights and inputs"
+    sizes = ' '.join(str(v) for k,v in said.items() if isinstance(v, int) and k!='groups')
+    return sizes,f"{said['w_quant']['bits']} / {said['x_quant']['bits']}" if 'w_quant' in said else 'float32'
+
+def _measured(report):
+    "The report in Markdown"
+    if not report: return 'No measurement was saved with this network.'
+    if not isinstance(report, dict) or not {'clean', 'robust', 'threat', 'n', 'attacks', 'verdict'} <= report.keys(): return f'{_fence}json\n{json.dumps(report, indent=1)}\n{_fence}'
+    threat,attacks = report['threat'],', '.join(o['settings'] for o in report['attacks'])
+    return '\n'.join([f"| images | clean accuracy | robust accuracy | threat model |", '|---|---|---|---|',
+        f"| {report['n']} | {report['clean']:.4f} ± {report['clean_ci']:.4f} | {report['robust']:.4f} ± {report['robust_ci']:.4f} | {threat['norm']}, eps {threat['eps']:.4g} in pixels |", '',
+        f"Robust: right clean **and** under every attack: `{attacks}`. {report['verdict']}", *(f'- {o}' for o in report['reasons'])])
+
+def _card(record, stored, work):
+    "The model card of `record`, whose network takes so many bytes and multiply-accumulates"
+    made,c_h_w = record['factory'],' x '.join(map(str, record['input_shape']))
+    arguments = ', '.join(f'{k}={v!r}' for k,v in made['kwargs'].items())
+    rows = '\n'.join(f"| `{n}` | {o['type']} | {' | '.join(_size(o))} |" for n,o in record['layers'].items())
+    return f"""# {made['factory'].rpartition('.')[2]}, compressed
+
+`{made['factory']}({arguments})`, saved by adverfine {record['version']}. It takes images of {c_h_w} as pixels in [0,1]{', normalises them itself,' if record['normalize'] else ''} and gives logits{f" for {len(record['vocab'])} classes: " + ', '.join(f'`{o}`' for o in record['vocab']) if record['vocab'] else ''}.
+
+{stored:,} bytes as stored when deployed, {work:,} multiply-accumulates for an image.
+
+## Measured
+
+{_measured(record['report'])}
+
+## Use
+
+{_fence}python
+from adverfine.all import *
+model = load_compressed('.')        # this folder; nothing in it is executed
+logits = model(images)              # pixels in [0,1], (N, {', '.join(map(str, record['input_shape']))})
+{_fence}
+
+## Layers
+
+| layer | kind | sizes | bits of weights / inputs |
+|---|---|---|---|
+{rows}
+"""
+
+# %% ../nbs/13_checkpoint.ipynb #847c5417
 def _sha(data): return hashlib.sha256(data).hexdigest()
 def _checksum(record): return _sha(json.dumps(record, sort_keys=True).encode())
 def _weights_file(path, sha): return Path(path)/f'model-{sha[:12]}.safetensors'
@@ -148,11 +196,12 @@ def _weights_file(path, sha): return Path(path)/f'model-{sha[:12]}.safetensors'
 def save_compressed(self:Learner,
     path, # Folder to write; what it held before is replaced
     factory=None, # What makes the dense network: a name in `torchvision.models`, or a function without arguments; default: what its `made_by` says
-    report=None, # Anything that JSON can hold, for example what was measured
+    report=None, # What was measured: a `RobustnessReport`, or anything that JSON can hold
     **kwargs, # Arguments of the named factory
 ) -> Path: # `path`
     "Save the network, however compressed, as safetensors and JSON; what was there stays whole until the new one is"
     path,space = Path(path),pixel_space(self.dls)
+    if hasattr(report, 'to_json'): report = json.loads(report.to_json())
     model = copy.deepcopy(get_model(self.model)).to('cpu', memory_format=torch.contiguous_format).eval()
     with no_random(): x = space.to_pixels(self.dls.valid.one_batch()[0][:2]).cpu()
     vocab = getattr(self.dls, 'vocab', None)
@@ -169,12 +218,13 @@ def save_compressed(self:Learner,
     file = _weights_file(path, record['weights']['sha256'])
     write_atomic(file, weights)
     write_atomic(path/'model.json', json.dumps(dict(record, checksum=_checksum(record)), indent=1))
+    write_atomic(path/'README.md', _card(record, storage_bytes(model), macs(model, space.from_pixels(x))))
     for old in path.iterdir():
         if old!=file and re.fullmatch(r'\.?model-[0-9a-f]{12}\.safetensors(\.part)?', old.name):
             with suppress(OSError): old.unlink()
     return path
 
-# %% ../nbs/13_checkpoint.ipynb #9e26acdc
+# %% ../nbs/13_checkpoint.ipynb #7239cf38
 def compressed_info(
     path, # Folder that `save_compressed` has written
 ) -> dict: # 'factory', 'layers', 'normalize', 'input_shape' (C,H,W), 'vocab', 'report', 'weights'

@@ -10,7 +10,7 @@ __all__ = ['main']
 # %% ../nbs/20_cli.ipynb #030f9b69
 import argparse, sys
 
-# %% ../nbs/20_cli.ipynb #cc99e4f2
+# %% ../nbs/20_cli.ipynb #da282cc4
 _study_options = dict(
     out=(str, None, 'output folder; default: studies/NAME'),
     levels=(float, '*', 'shares of channels to prune, such as 0.5 0.9'),
@@ -64,6 +64,23 @@ def _parser():
     evaluate.add_argument('--path', help='folder of the data set')
     evaluate.add_argument('--json', action='store_true', help='print JSON')
     evaluate.add_argument('--html', metavar='FILE', help='write a page as well')
+    compress = commands.add_parser('compress', help='prune, quantize and fine-tune a saved network, measure it and save it again')
+    compress.add_argument('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
+    compress.add_argument('--out', help='folder for the smaller network; default: MODEL_DIR-compressed')
+    compress.add_argument('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10')
+    compress.add_argument('--prune', type=float, metavar='LEVEL', help='share of the channels to remove, such as 0.5')
+    compress.add_argument('--bits', type=int, nargs='+', help='bits to quantize to, of 16 8 4 3 2 1; two numbers: for weights and for inputs')
+    compress.add_argument('--epochs', type=int, default=3, help='of fine-tuning; default: 3')
+    compress.add_argument('--adversarial', action='store_true', help='fine-tune on adversarial images')
+    compress.add_argument('--eps', type=float, help="radius of the l-inf ball in pixels; default: that of the data set's study")
+    compress.add_argument('--lr', type=float, default=3e-3, help='top of the one-cycle learning rate; default: 0.003')
+    compress.add_argument('--seed', type=int, default=0)
+    compress.add_argument('--path', help='folder of the data set')
+    export = commands.add_parser('export', help='write a saved network as ONNX, integers if it is quantized, after comparing the two')
+    export.add_argument('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
+    export.add_argument('--onnx', required=True, metavar='FILE', help='file to write')
+    export.add_argument('--data', metavar='NAME', help='compare on validation images of digits, fashion_mnist or cifar10; default: on random images')
+    export.add_argument('--path', help='folder of the data set')
     bench = commands.add_parser('bench', help='measure speed on this machine')
     bench.add_argument('what', choices=list(_benches), help='; '.join(f'{k}: {text}' for k,(text,_) in _benches.items()))
     bench.add_argument('--n', type=int, default=None, help='images for evaluation (default: 1000) or for the AutoAttack of recipes (default: 200)')
@@ -75,7 +92,7 @@ def _parser():
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/20_cli.ipynb #1adf990f
+# %% ../nbs/20_cli.ipynb #db3453ca
 def _study(args):
     from adverfine.study import Study
     from adverfine.report import accuracy_table, write_report
@@ -95,19 +112,44 @@ def _evaluate(args):
     if unknown := [o for o in args.attack if o not in _attacks]: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
     from fastai.learner import Learner
     from torch.nn import CrossEntropyLoss
-    from adverfine import attacks, autoattack, checkpoint, data, evaluation, report
-    if args.data not in data.data_sets: raise ValueError(f"data {args.data!r} is unknown: use one of {', '.join(data.data_sets)}")
+    from adverfine import attacks, autoattack, checkpoint, evaluation, report
+    make = _data(args)
     kinds = [(getattr(autoattack, kind, None) or getattr(attacks, kind), kw) for kind,kw in map(_attacks.get, args.attack)]
     chosen = [kind(args.eps, norm=args.norm, **kw) for kind,kw in kinds]
-    if args.path and args.data=='digits': raise ValueError(f"--path {args.path}: the digits come with scikit-learn, leave it out")
     made_for = tuple(checkpoint.compressed_info(args.model)['input_shape'])
-    model,dls = checkpoint.load_compressed(args.model),data.data_sets[args.data](**({'path': args.path} if args.path else {}))
+    model,dls = checkpoint.load_compressed(args.model),make()
     shape = tuple(dls.valid.one_batch()[0].shape[1:])
     if shape!=made_for: raise ValueError(f"{args.model} is for images of shape {made_for}, and those of {args.data} have {shape}: name the data set that it was trained on")
     learn = Learner(dls, model, loss_func=CrossEntropyLoss())
     result = learn.robustness(chosen, n=args.n, seed=args.seed, thorough=args.thorough, progress=sys.stderr.isatty())
     if args.html: checkpoint.write_atomic(args.html, report.robustness_page(result, args.model))
     print(result.to_json() if args.json else result)
+
+def _data(args):
+    "The function that makes the DataLoaders of the data set that was named"
+    from functools import partial
+    from adverfine.data import data_sets
+    if args.data not in data_sets: raise ValueError(f"data {args.data!r} is unknown: use one of {', '.join(data_sets)}")
+    if args.path and args.data=='digits': raise ValueError(f"--path {args.path}: the digits come with scikit-learn, leave it out")
+    return partial(data_sets[args.data], **({'path': args.path} if args.path else {}))
+
+def _compress(args):
+    from adverfine.recipes import compress
+    from adverfine.study import Study
+    dls,eps,out = _data(args),Study(args.data).eps if args.eps is None else args.eps,args.out or f'{args.model.rstrip("/")}-compressed'
+    bits = tuple(args.bits) if args.bits and len(args.bits)>1 else args.bits[0] if args.bits else None
+    print(compress(args.model, out, dls, args.prune, bits, args.epochs, eps, args.adversarial, args.lr, seed=args.seed, progress=sys.stderr.isatty()))
+    print(f'\n{out}')
+
+def _export(args):
+    import torch
+    from adverfine.checkpoint import compressed_info, load_compressed
+    from adverfine.data import pixels
+    from adverfine.deployment import write_onnx
+    shape = compressed_info(args.model)['input_shape']
+    x = pixels(_data(args)().valid)[0][:1000] if args.data else torch.rand(1000, *shape, generator=torch.Generator().manual_seed(0))
+    if list(x.shape[1:])!=shape: raise ValueError(f"{args.model} is for images of shape {tuple(shape)}, and those of {args.data} have {tuple(x.shape[1:])}: name the data set that it was trained on")
+    print(write_onnx(load_compressed(args.model), args.onnx, x))
 
 def _bench(args):
     import json
@@ -128,8 +170,8 @@ def main(
     args = parser.parse_args(argv)
     import warnings
     warnings.filterwarnings('ignore', category=FutureWarning)
-    try: return dict(study=_study, evaluate=_evaluate, bench=_bench)[args.command](args) or 0
-    except (ValueError, OSError, FloatingPointError) as e:
+    try: return dict(study=_study, evaluate=_evaluate, compress=_compress, export=_export, bench=_bench)[args.command](args) or 0
+    except (ValueError, OSError, ImportError, FloatingPointError) as e:
         print(f'adverfine {args.command}: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study.html.md"""
 # %% auto #0
 __all__ = ['Cell', 'Study']
 
-# %% ../nbs/16_study.ipynb #6b7d57d3
+# %% ../nbs/16_study.ipynb #0f93071f
 import json, random, sys, time, zlib
 from dataclasses import dataclass, fields, asdict, replace
 from functools import partial
@@ -34,7 +34,7 @@ from .adversarial import *
 from .evaluation import *
 from .checkpoint import *
 
-# %% ../nbs/16_study.ipynb #ec973fa5
+# %% ../nbs/16_study.ipynb #0c56b5b7
 @dataclass(frozen=True)
 class Cell:
     "One row of a study"
@@ -50,9 +50,9 @@ class Cell:
     @property
     def own_seed(self): return zlib.crc32(f'{self.data}-{self.name}'.encode())
 
-# %% ../nbs/16_study.ipynb #1759d059
+# %% ../nbs/16_study.ipynb #8afaed22
 _tenths = tuple(k/10 for k in range(1, 10))
-_grid = dict(levels=_tenths, bits=offered_bits, fine_tunings=('none', 'standard', 'adversarial'), parents=('standard',), seeds=(0,), steps=20)
+_grid = dict(levels=_tenths, bits=(16, 8, 4, 2, 1), fine_tunings=('none', 'standard', 'adversarial'), parents=('standard',), seeds=(0,), steps=20)
 _presets = dict(
     digits        = dict(_grid, eps=.1,    train_steps=5, epochs=15, fine_tune_epochs=8, lr=5e-3, fine_tune_lr=8e-3, bs=64, bf16=False, levels=_tenths[::2]),
     fashion_mnist = dict(_grid, eps=.05,   train_steps=5, epochs=10, fine_tune_epochs=3, lr=3e-3, fine_tune_lr=3e-3, bs=256),
@@ -130,7 +130,7 @@ class Study:
         compressions = [('none', 0), *(('prune', o) for o in self.levels), *(('quantize', o) for o in self.bits)]
         return [Cell(self.data, s, p, c, l, f) for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../nbs/16_study.ipynb #587b9d9e
+# %% ../nbs/16_study.ipynb #d4e3a91b
 def _load(path):
     try: return json.loads(path.read_text())
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
@@ -155,7 +155,7 @@ def results(self:Study) -> pd.DataFrame:
     done = [_load(f) for c in self.cells() if (f := self.out/'cells'/f'{c.name}.json').exists()]
     return pd.DataFrame(done, columns=[*_columns, 'verdict'])
 
-# %% ../nbs/16_study.ipynb #8cfe9e15
+# %% ../nbs/16_study.ipynb #ea4d1af1
 class _Tick(Callback):
     "Tell a progress bar of each training batch"
     def __init__(self, tick): self.tick = tick
@@ -219,7 +219,7 @@ def _pace(cell):
     "Roughly how long a pass takes, where the parent's is 1: fake quantizers double it, pruning shortens it"
     return dict(none=1, prune=1-cell.level, quantize=2)[cell.compression]
 
-# %% ../nbs/16_study.ipynb #ede052fc
+# %% ../nbs/16_study.ipynb #3dfdf7b6
 @patch
 def _work(self:Study, n_train, n_test):
     "Passes that each thing still to be done will take: parents and cells"

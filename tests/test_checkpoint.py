@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_old_network(tmp_path, monkeypatch, fails):
     (tmp_path/'notes.txt').write_text('mine')
     learn.save_compressed(tmp_path)
     assert _same(learn, load_compressed(tmp_path))
-    assert {f.suffix for f in tmp_path.iterdir()}=={'.json', '.safetensors', '.txt'} and len(list(tmp_path.iterdir()))==3
+    assert {f.suffix for f in tmp_path.iterdir()}=={'.json', '.safetensors', '.txt', '.md'} and len(list(tmp_path.iterdir()))==4
 
 # Mutants
 

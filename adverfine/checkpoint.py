@@ -71,24 +71,24 @@ def _made_by(model, factory, kwargs):
     if hasattr(model, 'made_by'): return model.made_by
     raise ValueError(f"{type(model).__name__} does not say how it was made: pass factory='torchvision.models.resnet18' and its arguments, or the function that makes it")
 
-# %% ../nbs/13_checkpoint.ipynb #9ab4f801
+# %% ../nbs/13_checkpoint.ipynb #92b4b0f8
 _sizes = {nn.Conv2d: ('in_channels', 'out_channels', 'groups'), nn.Linear: ('in_features', 'out_features'), nn.BatchNorm2d: ('num_features',)}
-_twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+_twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.BatchNorm2d: QuantBatchNorm2d}
 _sizes.update({twin: _sizes[k] for k,twin in _twins.items()})
-_quantizers,_settings = ('w_quant', 'x_quant'),dict(bits=int, signed=bool, symmetric=bool, through=bool)
+_quantizers,_settings = {QuantConv2d: ('w_quant', 'x_quant'), QuantLinear: ('w_quant', 'x_quant'), QuantBatchNorm2d: ('y_quant',)},dict(bits=int, signed=bool, symmetric=bool, through=bool)
 
 def _layers(model): return {n: m for n,m in model.named_modules() if type(m) in _sizes}
 
 def _describe(m):
     "What tells the layer `m` from the one that the factory made"
     settings = lambda q: dict(bits=q.bits, signed=q.signed, symmetric=q.lo==-q.hi, through=q.through)
-    return dict(type=type(m).__name__, **{k: getattr(m, k) for k in _sizes[type(m)]}, **{k: settings(getattr(m, k)) for k in _quantizers if hasattr(m, k)})
+    return dict(type=type(m).__name__, **{k: getattr(m, k) for k in _sizes[type(m)]}, **{k: settings(getattr(m, k)) for k in _quantizers.get(type(m), ())})
 
 def _become(name, m, said):
     "Make `m` the layer that `_describe` said it was; its parameters are shapes without values"
     cls = next((o for o in (type(m), _twins.get(type(m))) if o and o.__name__==said['type']), None)
     if cls is None: raise ValueError(f"layer {name!r} is a {type(m).__name__} and cannot be a {said['type']!r}")
-    quantizers = {k: said[k] for k in _quantizers if cls in _twins.values()}
+    quantizers = {k: said[k] for k in _quantizers.get(cls, ())}
     sizes = {k: said[k] for k in _sizes[cls]}
     if said.keys() != {'type', *sizes, *quantizers}: raise ValueError(f"layer {name!r} is described by {', '.join(said)}")
     for k,v in sizes.items():
@@ -104,7 +104,7 @@ def _become(name, m, said):
         for k,q in quantizers.items():
             if {o: type(v) for o,v in q.items()} != _settings: raise ValueError(f"layer {name!r} has a {k} that is set to {q}: bits and three times true or false are needed")
             setattr(m, k, Quantizer(**q))
-        if quantizers: m.w_quant.begin(torch.ones(n, *[1]*len(rest)))
+        if 'w_quant' in quantizers: m.w_quant.begin(torch.ones(n, *[1]*len(rest)))
     m.__class__ = cls
 
 # %% ../nbs/13_checkpoint.ipynb #8b2997d1

@@ -8,14 +8,14 @@ Docs: https://adverfine.github.io/adverfine/deployment.html.md"""
 __all__ = ['IntegerConv2d', 'IntegerLinear', 'integer_network', 'check_agreement', 'OnnxNetwork', 'to_onnx', 'write_onnx',
            'lower']
 
-# %% ../nbs/15_deployment.ipynb #767c58af
+# %% ../nbs/15_deployment.ipynb #18d7c7b7
 import copy, io, json
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 import torch, torch.nn.functional as F
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed, which exporters and Inductor know
-from torch import fx, nn, Tensor
+from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.learner import Learner
 from .threat import *
@@ -24,8 +24,21 @@ from .models import *
 from .quantization import *
 from .checkpoint import *
 
-# %% ../nbs/15_deployment.ipynb #2a06ad68
+# %% ../nbs/15_deployment.ipynb #752c594d
 _q = torch.ops.quantized_decomposed
+
+class _Grid:
+    "Where `quantizer` rounds to, in bytes"
+    def __init__(self, quantizer):
+        self.half = bool(quantizer.offset)
+        self.step,zero = quantizer.step.item()/(2 if self.half else 1),0 if quantizer.lo==0 and not self.half else 128
+        self.bytes,self.clip = (self.step, zero, 0, 255, torch.uint8),(quantizer.lo,quantizer.hi)!=(-zero,255-zero)
+        self.range = quantizer.lo*self.step,quantizer.hi*self.step
+
+    def __call__(self, x):
+        if self.half: x = torch.where(x<0, -self.step, self.step)
+        elif self.clip: x = x.clamp(*self.range)
+        return _q.dequantize_per_tensor(_q.quantize_per_tensor(x, *self.bytes), *self.bytes)
 
 class _Integer(nn.Module):
     "What integer layers have in common: codes and steps of `layer`, with the BatchNorm `norm` folded into them"
@@ -44,16 +57,11 @@ class _Integer(nn.Module):
         self.register_buffer('step', step.clamp_min(1e-30))
         self.register_buffer('zero', torch.zeros_like(step, dtype=torch.int8))
         self.register_buffer('bias', bias.detach().clone())
-        self.lo,self.hi,self.half = x.lo,x.hi,bool(x.offset)
-        self.x_step = x.step.item()/(2 if self.half else 1)
+        self.x_grid,self.y_grid = _Grid(x),_Grid(norm.y_quant) if hasattr(norm, 'y_quant') else None
 
-    def rounded(self, x):
-        "The input, on its grid"
-        zero = 0 if self.lo==0 and not self.half else 128
-        if self.half: x = torch.where(x<0, -self.x_step, self.x_step)
-        elif (self.lo,self.hi)!=(-zero,255-zero): x = x.clamp(self.lo*self.x_step, self.hi*self.x_step)
-        bytes_ = self.x_step,zero,0,255,torch.uint8
-        return _q.dequantize_per_tensor(_q.quantize_per_tensor(x, *bytes_), *bytes_)
+    def forward(self, x):
+        out = self.multiply(self.x_grid(x), self.weight())
+        return out if self.y_grid is None else self.y_grid(out)
 
     def weight(self): return _q.dequantize_per_channel(self.codes, self.step, self.zero, 0, -127, 127, torch.int8)
 
@@ -62,26 +70,22 @@ class IntegerConv2d(_Integer):
     def __init__(self, layer, norm=None):
         super().__init__(layer, norm)
         self.args = layer.stride,layer.padding,layer.dilation,layer.groups
-    def forward(self, x): return F.conv2d(self.rounded(x), self.weight(), self.bias, *self.args)
+    def multiply(self, x, w): return F.conv2d(x, w, self.bias, *self.args)
 
 class IntegerLinear(_Integer):
     "A linear layer with integer weights"
-    def forward(self, x): return F.linear(self.rounded(x), self.weight(), self.bias)
+    def multiply(self, x, w): return F.linear(x, w, self.bias)
 
 _integer = {QuantConv2d: IntegerConv2d, QuantLinear: IntegerLinear}
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m, name): return type(m) in _integer or super().is_leaf_module(m, name)
-
 def _norms(model):
     "Which BatchNorm follows which convolution, and nothing else does: name -> name"
-    try: graph = _Tracer().trace(model)
-    except Exception: return {}
-    modules,found = dict(model.named_modules()),{}
-    for node in graph.nodes:
+    graph,modules,found = traced(model),dict(model.named_modules()),{}
+    for node in graph.nodes if graph else ():
         after = next(iter(node.users)) if len(node.users)==1 else None
-        if node.op=='call_module' and type(modules[node.target]) is QuantConv2d and after is not None and after.op=='call_module' and type(modules[after.target]) is nn.BatchNorm2d and modules[after.target].track_running_stats:
-            found[node.target] = after.target
+        if node.op=='call_module' and type(modules[node.target]) is QuantConv2d and after is not None and after.op=='call_module':
+            norm = modules[after.target]
+            if type(norm) in (nn.BatchNorm2d, QuantBatchNorm2d) and norm.track_running_stats: found[node.target] = after.target
     return found
 
 def _check_integer(name, m):
@@ -184,10 +188,11 @@ def export_onnx(self:Learner,
     "Write the network as ONNX, integers if it is quantized, once ONNX Runtime has put `n` images into the same classes"
     return write_onnx(pixel_space(self.dls).wrap(bare(self.model)), path, _images(self, n))
 
-# %% ../nbs/15_deployment.ipynb #e80fb369
+# %% ../nbs/15_deployment.ipynb #571f85bc
 def lower(
     model:nn.Module, # A twin: a network after `quantize`
     x:Tensor, # Images as it wants them (N,C,H,W), to trace and to verify it with
+    least:float=.995, # Share of them that both have to put into the same class
 ) -> nn.Module: # From images to logits, by integer kernels on an x86 processor; it has no gradients
     "The network by PyTorch's integer kernels, once it has put the images `x` into the same classes"
     _need('torchao', extra='int8')
@@ -207,5 +212,5 @@ def lower(
         freezing_passes(lowered, (example,))
         constant_fold(lowered)
         device = next(model.parameters()).device
-        check_agreement(lowered, lambda o: model(o.to(device)).cpu(), x)
+        check_agreement(lowered, lambda o: model(o.to(device)).cpu(), x, least)
     return lowered

@@ -6,12 +6,13 @@ Docs: https://adverfine.github.io/adverfine/quantization.html.md"""
 
 # %% auto #0
 __all__ = ['offered_bits', 'calibrations', 'check_bits', 'Quantizer', 'minmax_step', 'percentile_step', 'best_step',
-           'QuantConv2d', 'QuantLinear', 'quantize']
+           'QuantConv2d', 'QuantLinear', 'QuantBatchNorm2d', 'traced', 'quantize']
 
-# %% ../nbs/07_quantization.ipynb #97c2933f
+# %% ../nbs/07_quantization.ipynb #76c60067
+import operator
 from fnmatch import fnmatchcase
 import torch, torch.nn.functional as F
-from torch import nn, Tensor
+from torch import fx, nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.learner import Learner
@@ -126,7 +127,7 @@ def best_step(
 
 calibrations = dict(mse=best_step, percentile=percentile_step, minmax=minmax_step)
 
-# %% ../nbs/07_quantization.ipynb #6ac73b89
+# %% ../nbs/07_quantization.ipynb #4cad7cca
 class _QuantLayer:
     "What the quantized layers have in common"
     def storage_bytes(self):
@@ -141,8 +142,28 @@ class QuantLinear(_QuantLayer, nn.Linear):
     "A linear layer whose input and weight are rounded by `x_quant` and `w_quant`"
     def forward(self, x): return F.linear(self.x_quant(x), self.w_quant(self.weight), self.bias)
 
+class QuantBatchNorm2d(nn.BatchNorm2d):
+    "A BatchNorm whose output, a term of a sum, is rounded by `y_quant`"
+    def forward(self, x): return self.y_quant(super().forward(x))
+
 _twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-_floats = {v: k for k,v in _twins.items()}
+_floats = {v: k for k,v in _twins.items()} | {QuantBatchNorm2d: nn.BatchNorm2d}
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m, name): return type(m) in _floats or super().is_leaf_module(m, name)
+
+def traced(
+    model:nn.Module, # A network, perhaps quantized
+) -> fx.Graph|None: # None if it cannot be traced
+    "What calls what in `model`, a quantized layer being one call"
+    try: return _Tracer().trace(model)
+    except Exception: return None
+
+def _terms(model):
+    "Each BatchNorm whose output is a term of a sum, and nothing else"
+    graph,modules = traced(model),dict(model.named_modules())
+    added = [n for n in graph.nodes if n.op in ('call_function', 'call_method') and n.target in (operator.add, operator.iadd, torch.add, 'add', 'add_')] if graph else []
+    return [modules[n.target] for o in added for n in o.all_input_nodes if n.op=='call_module' and isinstance(modules[n.target], nn.BatchNorm2d) and modules[n.target].affine and len(n.users)==1]
 
 class _Sample:
     "Hook that gathers a sample of what a layer is fed, and notes in `ran` that it ran"
@@ -153,16 +174,17 @@ class _Sample:
         if not torch.isfinite(x).all(): raise ValueError("calibration images lead to NaN or infinite values: look at them with torch.isfinite")
         self.seen.append(x[torch.randint(len(x), (self.size,), generator=torch.Generator().manual_seed(0)).to(x.device)])
         self.top,self.signed = max(self.top, x.abs().max().item()),self.signed or bool((x<0).any())
+    def watch(self, m, output): return m.register_forward_hook(lambda m, i, out: self(m, (out,))) if output else m.register_forward_pre_hook(self)
     def values(self): return torch.cat([*self.seen, self.seen[0].new_tensor([self.top])])[None]
 
-def _gather(model, layers, batches):
-    "What each of `layers` is fed when the float network looks at `batches`; and the layers that ran, in that order"
+def _gather(model, layers, terms, batches):
+    "What each of `layers` is fed, and each of `terms` gives, when the float network looks at `batches`; and the layers that ran, in that order"
     ran = []
-    samples = {m: _Sample(ran) for m in layers}
-    hooks = [m.register_forward_pre_hook(s) for m,s in samples.items()]
-    classes = {m: type(m) for m in layers}
+    samples = {m: _Sample(ran) for m in layers} | {m: _Sample([]) for m in terms}
+    hooks = [samples[m].watch(m, m in terms) for m in samples]
+    classes = {m: type(m) for m in model.modules() if type(m) in _floats}
     try:
-        for m in layers: m.__class__ = _floats.get(type(m), type(m))
+        for m,cls in classes.items(): m.__class__ = _floats[cls]
         with evaluating(model), torch.no_grad():
             for x in batches:
                 try: model(x)
@@ -190,15 +212,20 @@ def quantize(
     calibration:str='mse', # How steps are found: 'mse', 'percentile' or 'minmax'
     ends:int|tuple=None, # Bits of the first and the last layer, if they should have others
     layers:dict=None, # Bits of single layers: name or pattern, such as 'layer4.*' -> bits
+    sums:int=None, # Bits of what BatchNorms feed into residual additions, such as 8; default: floats
 ) -> dict: # weight -> the steps that were added beside it, for the optimizer
     "Swap every convolution and linear layer of `model` for its quantized twin, calibrated on `batches`"
     for o in (bits, *([ends] if ends is not None else []), *(layers or {}).values()): check_bits(o)
     if calibration not in calibrations: raise ValueError(f"calibration={calibration!r} is unknown: use one of {', '.join(calibrations)}")
-    names = {m: n for n,m in model.named_modules() if type(m) in _twins or type(m) in _floats}
+    if sums is not None: check_bits((sums, sums))
+    names = {m: n for n,m in model.named_modules() if isinstance(m, _QuantLayer) or type(m) in _twins}
     if not names: raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
-    samples,ran = _gather(model, names, batches)
+    terms = _terms(model) if sums is not None else []
+    samples,ran = _gather(model, names, terms, batches)
     chosen = _bits_of(names, bits, ran, ends, layers)
-    return {m.weight: new for m in ran if (new := _swap(m, chosen[m], samples[m], calibrations[calibration], through=m is ran[0]))}
+    find_step = calibrations[calibration]
+    added = {m.weight: _swap(m, chosen[m], samples[m], find_step, through=m is ran[0]) for m in ran} | {m.weight: _swap_norm(m, sums, samples[m], find_step) for m in terms}
+    return {weight: steps for weight,steps in added.items() if steps}
 
 def _swap(m, bits, sample, find_step, through):
     "Make `m` its twin, or give the twin that it is other bits; the steps that are new"
@@ -210,13 +237,20 @@ def _swap(m, bits, sample, find_step, through):
     m.__class__ = _twins.get(type(m), type(m))
     return () if old else (m.w_quant.log_gain, m.x_quant.log_gain)
 
-# %% ../nbs/07_quantization.ipynb #b8c406a9
+def _swap_norm(m, bits, sample, find_step):
+    old,m.y_quant = getattr(m, 'y_quant', None),Quantizer(bits).to(m.weight.device)
+    if old is not None: m.y_quant.log_gain = old.log_gain
+    m.y_quant.begin(find_step(sample.values(), m.y_quant)[0])
+    m.__class__ = QuantBatchNorm2d
+    return () if old is not None else (m.y_quant.log_gain,)
+
+# %% ../nbs/07_quantization.ipynb #e1e33c1c
 @patch
 @delegates(quantize)
 def quantize(self:Learner,
     bits:int|tuple, # 16, 8, 4, 3, 2 or 1, for weights and for the inputs of layers; or two of them, such as (1, 8): weights first
     n_batches:int=4, # Training batches to calibrate on
-    **kwargs # `calibration`, `ends` and `layers` of `quantize`
+    **kwargs # `calibration`, `ends`, `layers` and `sums` of `quantize`
 ) -> Learner:
     "Make the network its quantized twin, calibrated on training batches; the optimizer learns the steps too"
     check_bits(bits)

@@ -1,0 +1,144 @@
+"Artifacts are the twin: integers, ONNX, PyTorch's integer kernels"
+import copy
+import pytest, torch
+from torch import nn
+from fastai.vision.all import Learner
+from adverfine import deployment
+from adverfine.checkpoint import *
+from adverfine.data import *
+from adverfine.deployment import *
+from adverfine.evaluation import *
+from adverfine.attacks import *
+from adverfine.autoattack import *
+from adverfine.models import *
+from adverfine.pruning import *
+from adverfine.quantization import *
+from adverfine.threat import *
+
+def _net(x, seed=0):
+    "Every kind of neighbourhood: BatchNorm or not, negative scales, a bias or none, groups, signed inputs, a sum"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.an = nn.Conv2d(x.shape[1], 8, 3, padding=1, bias=False),nn.BatchNorm2d(8)
+            self.b,self.bn = nn.Conv2d(8, 8, 3, padding=1, groups=4),nn.BatchNorm2d(8)
+            self.c,self.d = nn.Conv2d(8, 4, 3, stride=2, padding=1),nn.Linear(4*(x.shape[2]//2)**2, 10, bias=False)
+        def forward(self, x):
+            x = self.an(self.a(x)).relu()
+            x = self.bn(self.b(x)) + x
+            return self.d(self.c(x).flatten(1))
+    torch.manual_seed(seed)
+    net = Net()
+    for n in (net.an, net.bn): nn.init.uniform_(n.weight, -1, 1); nn.init.normal_(n.bias)
+    for _ in range(5): net(x)
+    return net.eval()
+
+@pytest.mark.parametrize('bits', [8, 4, (1, 8), (8, 1), (3, 2), 1])
+@pytest.mark.parametrize('sums', [None, 8, 4])
+def test_integers_are_the_twin(bits, sums):
+    torch.manual_seed(1)
+    x = torch.randn(32, 2, 8, 8)
+    twin = _net(x)
+    quantize(twin, bits, [x], sums=sums)
+    integers = integer_network(twin)
+    layers = [m for m in integers.modules() if isinstance(m, (IntegerConv2d, IntegerLinear))]
+    assert len(layers)==4 and all(m.codes.dtype==torch.int8 for m in layers) and not any(isinstance(m, nn.BatchNorm2d) for m in integers.modules())
+    with torch.no_grad():
+        assert (integers(x)-twin(x)).norm() <= .03*twin(x).norm()
+        m = twin.c                                     # without a BatchNorm, layer by layer it is exact but for the order of sums
+        torch.testing.assert_close(integers.c(x.repeat(1, 4, 1, 1)), m(x.repeat(1, 4, 1, 1)), rtol=1e-4, atol=1e-4)
+
+def test_folding_is_exact_where_nothing_rounds_differently():
+    torch.manual_seed(0)
+    conv,norm = nn.Conv2d(3, 6, 3),nn.BatchNorm2d(6)
+    nn.init.uniform_(norm.weight, -1, 1); norm.weight.data[0] = 0; nn.init.normal_(norm.bias)
+    net,x = nn.Sequential(conv, norm),torch.rand(16, 3, 8, 8)
+    net(x); net.eval()
+    quantize(net, 4, [x])
+    torch.testing.assert_close(integer_network(net)(x), net(x), rtol=1e-4, atol=1e-5)
+
+def test_a_network_that_cannot_be_traced_keeps_its_norms():
+    class Branching(nn.Sequential):
+        def forward(self, x): return super().forward(x) if x.sum()>0 else x
+    net,x = Branching(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)).eval(),torch.rand(4, 1, 8, 8)
+    quantize(net, 8, [x], sums=8)
+    integers = integer_network(net)
+    assert isinstance(integers[1], nn.BatchNorm2d)
+    torch.testing.assert_close(integers(x), net(x), rtol=1e-2, atol=1e-3)
+
+def test_refusals():
+    net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)
+    with pytest.raises(ValueError, match='call quantize first'): integer_network(net)
+    quantize(net, 8, [x], layers={'2': 16})
+    with pytest.raises(ValueError, match="layer '2' has 16 bits"): integer_network(net)
+    circular = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode='circular'), nn.Flatten(), nn.Linear(256, 10))
+    quantize(circular, 8, [x])
+    with pytest.raises(ValueError, match="layer '0' pads with 'circular'"): integer_network(circular)
+
+@pytest.fixture
+def learn():
+    torch.manual_seed(0)
+    learn = Learner(digits_dls(normalize=(.5, .5)), cnn8(size=8))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 5e-3)
+    learn.prune(.5).quantize(8)
+    return learn
+
+def test_onnx_takes_pixels_and_any_number_of_them(learn, tmp_path):
+    pytest.importorskip('onnxruntime')
+    import onnx
+    flags = {n: m.training for n,m in learn.model.named_modules()}
+    file = learn.export_onnx(tmp_path/'net.onnx')
+    assert flags=={n: m.training for n,m in learn.model.named_modules()}
+    x,y = pixels(learn.dls.test)
+    artifact,twin = OnnxNetwork(file),pixel_space(learn.dls).wrap(learn.model.eval())
+    for n in (1, 7, 500): assert (artifact(x[:n]).argmax(1)==twin(x[:n]).argmax(1)).float().mean()>=.99
+    ops = [o.op_type for o in onnx.load(file).graph.node]
+    assert ops.count('Conv')==6 and ops.count('QuantizeLinear')==8
+    assert not any(o.metadata_props or o.doc_string for o in onnx.load(file).graph.node)
+
+def test_an_artifact_that_decides_otherwise_is_not_written(learn, tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime')
+    file = tmp_path/'net.onnx'
+    file.write_bytes(b'old')
+    class Wrong(OnnxNetwork):
+        def __call__(self, x): return super().__call__(x).roll(1, 1)
+    monkeypatch.setattr(deployment, 'OnnxNetwork', Wrong)
+    with pytest.raises(ValueError, match='99.5% are needed: nothing was written'): learn.export_onnx(file)
+    assert file.read_bytes()==b'old' and list(tmp_path.iterdir())==[file]
+
+def test_missing_packages_are_named(learn, tmp_path, monkeypatch):
+    monkeypatch.setattr(deployment, 'find_spec', lambda o: None)
+    with pytest.raises(ImportError, match=r"pip install 'adverfine\[onnx\]'"): learn.export_onnx(tmp_path/'net.onnx')
+    with pytest.raises(ImportError, match=r"pip install 'adverfine\[int8\]'"): lower(learn.model, torch.rand(2, 1, 8, 8))
+
+def test_robustness_of_the_artifact_crafts_on_the_twin(learn):
+    pytest.importorskip('onnxruntime')
+    x,y = (o[:64] for o in pixels(learn.dls.test))
+    twin = pixel_space(learn.dls).wrap(learn.model.eval())
+    artifact = OnnxNetwork(to_onnx(twin, (1, 8, 8)))
+    report = evaluate(artifact, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], twin=twin, progress=False)
+    mine = evaluate(twin, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], progress=False)
+    assert abs(report.clean-mine.clean)<=1/64 and abs(report.robust-mine.robust)<=3/64 and set(report.left)==set(mine.left)
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith('AVX'), reason='integer kernels of x86')
+def test_lowered_to_integer_kernels():
+    pytest.importorskip('torchao')
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 32, 32)
+    net = resnet18_cifar()
+    for _ in range(3): net(x)
+    prune(net, .5, x[:2])
+    quantize(net.eval(), 8, [x])
+    fast = lower(net, x, least=.9)
+    kernels = [str(n.target) for n in fast.graph.nodes if n.op=='call_function']
+    assert sum('qconv' in o for o in kernels)==20 and not any('aten.conv' in o for o in kernels)
+    for n in (1, 5): assert fast(x[:n]).shape==(n, 10)
+
+def test_sums_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    learn = Learner(image_dls((torch.rand(40, 3, 32, 32), torch.arange(40)%10), (torch.rand(8, 3, 32, 32), torch.arange(8)), bs=16), resnet18_cifar())
+    learn.quantize(4, n_batches=1, sums=8)
+    learn.save_compressed(tmp_path)
+    x,again = torch.rand(3, 3, 32, 32),load_compressed(tmp_path)
+    assert isinstance(again.layer1[0].bn2, QuantBatchNorm2d)
+    with torch.no_grad(): assert torch.equal(again(x), learn.model.eval()(x))

@@ -131,7 +131,7 @@ class FGSM(Attack):
     soft = True
     def craft(self, model, x, y, generator): return self.threat.project(x + self.eps*self.threat.steepest(input_grad(model, x, y)), x)
 
-# %% ../nbs/04_attacks.ipynb #1f2fd885
+# %% ../nbs/04_attacks.ipynb #167735b9
 @dataclass(frozen=True)
 class FGSMRS(Attack):
     "One step from a random point of the ball; [arXiv 2001.03994](https://arxiv.org/abs/2001.03994)"
@@ -161,6 +161,9 @@ class NFGSM(Attack):
 
     @property
     def name(self): return 'N-FGSM'
+
+    @property
+    def random_start(self): return self.noise>0
 
     def craft(self, model, x, y, generator):
         start = replace(self.threat, eps=self.noise*self.eps).random_start(x, generator)

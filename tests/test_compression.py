@@ -237,3 +237,14 @@ def test_bits_for_weights_inputs_and_single_layers():
     bits = {n: (m.w_quant.bits, m.x_quant.bits) for n,m in net.named_modules() if hasattr(m, 'w_quant')}
     assert bits=={'0': (8, 4), '2': (1, 8), '4': (16, 16), '6': (1, 8), '8': (1, 8), '10': (2, 4), '13': (2, 4), '15': (2, 4)}
     assert all(len(m.w_quant(m.weight).flatten(1)[0].unique())<=2**b for (n,(b,_)),m in zip(bits.items(), (m for m in net.modules() if hasattr(m, 'w_quant'))))
+
+def test_a_twin_compiles_to_the_same_network_and_gradients():
+    torch.manual_seed(0)
+    x = torch.rand(4, 1, 8, 8)
+    twin = cnn8(size=8)
+    quantize(twin, (4, 8), [x])
+    def step(f):
+        xi = x.clone().requires_grad_()
+        out = f(xi)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [xi, *twin.parameters()])]
+    for a,b in zip(step(twin), step(torch.compile(twin, backend='aot_eager'))): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -27,7 +27,7 @@ from .models import *
 from .cost import *
 from .attacks import *
 
-# %% ../nbs/06_pruning.ipynb #aed3a8cb
+# %% ../nbs/06_pruning.ipynb #dc1a241e
 def _layers(model, x):
     "The convolutions and linear layers of `model`, in the order in which they run on `x`"
     ran,hooks = [],[]
@@ -81,7 +81,8 @@ def _trace(model, x):
     try: graph = tp.DependencyGraph().build_dependency(model, x, verbose=False)
     except Exception as e: raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {extract_tb(e.__traceback__)[-1].name} fails ({type(e).__name__}: {e})") from e
     names,groups = {m: n for n,m in model.named_modules()},[]
-    fixed = [layers[-1], *(m for m in model.modules() if isinstance(m, nn.MultiheadAttention))]
+    attentions = [m for m in model.modules() if isinstance(getattr(m, 'num_heads', None), int)]
+    fixed = [layers[-1], *attentions, *(o for m in attentions for o in m.children() if isinstance(o, nn.Linear))]
     for g in graph.get_all_groups(ignored_layers=fixed, root_module_types=[nn.modules.conv._ConvNd, nn.Linear]):
         root,copies,members = g[0].dep.target.module,1,[]
         for dep,_ in g:
@@ -198,7 +199,7 @@ class PruningPlan:
 
 def _floor(v): return int(v+1e-9)
 
-# %% ../nbs/06_pruning.ipynb #f0cef656
+# %% ../nbs/06_pruning.ipynb #2dfcdd13
 class _LastCall(torch.overrides.TorchFunctionMode):
     "Remembers the operation that was called last"
     name = 'an operation'
@@ -208,8 +209,11 @@ class _LastCall(torch.overrides.TorchFunctionMode):
 
 def _scores(graph, groups, importance):
     "The importance of every channel, of each of `groups`"
-    full = [graph.get_pruning_group(g.root, graph.get_pruner_of_module(g.root).prune_out_channels, list(range(graph.get_out_channels(g.root)))) for g in groups]
-    return [importance(o).detach().cpu().view(g.copies, -1).mean(0) for o,g in zip(full, groups)]
+    def score(g):
+        group = graph.get_pruning_group(g.root, graph.get_pruner_of_module(g.root).prune_out_channels, list(range(graph.get_out_channels(g.root))))
+        try: return importance(group).detach().cpu().view(g.copies, -1).mean(0)
+        except (IndexError, RuntimeError, TypeError) as e: raise ValueError(f"torch-pruning cannot tell what the channels of layer '{g.name}' are worth ({type(e).__name__}: {e}): it misread how they are used") from e
+    return [score(g) for g in groups]
 
 def _cuts(groups, scores, left):
     "What goes, as torch-pruning writes it down: (layer, of its outputs, channels)"

@@ -2,9 +2,9 @@
 import argparse, csv, subprocess, sys, time
 from pathlib import Path
 
-networks = {'torchvision': dict(resnet18=64, resnet50=64, resnext50_32x4d=64, wide_resnet50_2=64, mobilenet_v2=64, mobilenet_v3_small=64, mobilenet_v3_large=64, densenet121=64, efficientnet_b0=64, efficientnet_v2_s=64, convnext_tiny=64,
-                                vit_b_16=224, swin_t=64, regnet_y_400mf=64, regnet_x_400mf=64, shufflenet_v2_x1_0=64, vgg11_bn=64, squeezenet1_1=64, googlenet=64, inception_v3=128, mnasnet1_0=64, alexnet=96),
-            'timm': dict(resnet18=64, resnet26d=64, seresnet18=64, mobilenetv3_small_100=64, efficientnet_lite0=64, ghostnet_100=64, convnext_atto=64, vit_tiny_patch16_224=224, deit_tiny_patch16_224=224, mixer_s32_224=224, repvgg_a0=64, regnety_002=64)}
+networks = {'torchvision': dict(resnet18=64, resnet50=64, resnext50_32x4d=64, mobilenet_v2=64, mobilenet_v3_small=64, densenet121=64, efficientnet_b0=64, convnext_tiny=64,
+                                vit_b_16=224, swin_t=64, regnet_y_400mf=64, shufflenet_v2_x1_0=64, vgg11_bn=64, squeezenet1_1=64, googlenet=64, inception_v3=128, mnasnet1_0=64, alexnet=96),
+            'timm': dict(resnet18=64, resnet26d=64, seresnet18=64, mobilenetv3_small_100=64, efficientnet_lite0=64, ghostnet_100=64, convnext_atto=64, vit_tiny_patch16_224=224, mixer_s32_224=224, repvgg_a0=64)}
 
 def make(library, name):
     if library=='timm':
@@ -20,7 +20,11 @@ def attempt(library, name, size, what):
     from adverfine.pruning import prune
     from adverfine.quantization import quantize
     torch.manual_seed(0)
-    net,x = make(library, name).eval(),torch.rand(2, 3, size, size)
+    net,x = make(library, name),torch.rand(2, 3, size, size)
+    for p in net.parameters():
+        if not p.any(): torch.nn.init.normal_(p, std=.02)              # heads and scales that begin at zero would hide everything
+    with torch.no_grad(): net(torch.rand(4, 3, size, size))            # BatchNorm sees some images
+    net.eval()
     before,said = macs(net, x),[]
     if 'prune' in what:
         prune(net, .5, x)
@@ -45,7 +49,7 @@ def attempts(library, name, size):
         except Exception as e: said = f"no: {type(e).__name__}: {' '.join(str(e).split())[:150]}"
         sys.stdout.write(f'@{said}\n'); sys.stdout.flush()
 
-def tried(library, name, size, timeout=150):
+def tried(library, name, size, timeout=60):
     "A process for each network, since some never end"
     call = f'import sys, warnings; warnings.simplefilter("ignore"); sys.path.insert(0, {str(Path(__file__).parent)!r}); import architectures; architectures.attempts({library!r}, {name!r}, {size})'
     try: out = subprocess.run([sys.executable, '-c', call], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=timeout).stdout
@@ -64,6 +68,7 @@ if __name__=='__main__':
             if (library, name) in done: continue
             start = time.perf_counter()
             rows.append(dict(library=library, network=name, image=size, **tried(library, name, size)))
+            rows.sort(key=lambda r: (list(networks).index(r['library']), list(networks[r['library']]).index(r['network'])))
             with out.open('w', newline='') as f:
                 writer = csv.DictWriter(f, rows[0])
                 writer.writeheader(); writer.writerows(rows)

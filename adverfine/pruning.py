@@ -7,10 +7,10 @@ Docs: https://adverfine.github.io/adverfine/pruning.html.md"""
 # %% auto #0
 __all__ = ['schedules', 'Taylor', 'check_level', 'PruningPlan', 'prune', 'StructuredPruning', 'Sensitivity', 'robust_sensitivity']
 
-# %% ../nbs/06_pruning.ipynb #f6bb4314
+# %% ../nbs/06_pruning.ipynb #e0f62201
 import copy, math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from traceback import extract_tb
 import pandas as pd, torch, torch_pruning as tp
@@ -199,7 +199,7 @@ class PruningPlan:
 
 def _floor(v): return int(v+1e-9)
 
-# %% ../nbs/06_pruning.ipynb #2dfcdd13
+# %% ../nbs/06_pruning.ipynb #e0b2261c
 class _LastCall(torch.overrides.TorchFunctionMode):
     "Remembers the operation that was called last"
     name = 'an operation'
@@ -255,7 +255,7 @@ class _Pruner:
         full,tried,lo,hi = macs(model, x),{},0.,1.
         for _ in range(10):
             level = (lo+hi)/2
-            trial = PruningPlan(level, None, plan.criterion, plan.scope, plan.floor, plan.round_to)
+            trial = replace(plan, level=level, macs=None)
             try: tried[level] = _rehearse(model, x, _cuts(self.groups, scores, trial.left(self.groups, scores)))/full
             except ValueError:
                 if tried or hi-lo<.01: raise
@@ -266,7 +266,7 @@ class _Pruner:
             else: hi = level
         best = min(tried, key=lambda o: abs(tried[o]-plan.macs))
         if abs(tried[best]-plan.macs)>.02: raise ValueError(f"macs={plan.macs} cannot be had: the nearest that pruning reaches is {tried[best]:.3f}")
-        return PruningPlan(best, None, plan.criterion, plan.scope, plan.floor, plan.round_to)
+        return replace(plan, level=best, macs=None)
 
     def cut(self, share=1., opt=None):
         "Cut until `share` of the plan is carried out; what `opt` knows of the parameters goes to their heirs"

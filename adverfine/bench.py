@@ -7,12 +7,12 @@ Docs: https://adverfine.github.io/adverfine/bench.html.md"""
 # %% auto #0
 __all__ = ['passes', 'data_pass', 'by_torchattacks', 'tough_cnn8', 'autoattack_race', 'inference_race']
 
-# %% ../nbs/18_bench.ipynb #1ccf3ba9
-import time, warnings
+# %% ../nbs/18_bench.ipynb #61de6272
+import time
 from copy import deepcopy
 from importlib.util import find_spec
 from statistics import median
-import pandas as pd, torch
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from fastai.callback.schedule import *
@@ -50,7 +50,7 @@ def data_pass(
     seconds = passes(dls.train.new(dataset=ImageSet(x, y, dls.vocab, split_idx=0), drop_last=False))
     return dict(images=len(x), batch_size=dls.train.bs, median_seconds=round(median(seconds), 4), worst_seconds=round(max(seconds), 4), images_per_second=round(len(x)/median(seconds)))
 
-# %% ../nbs/18_bench.ipynb #ffae852d
+# %% ../nbs/18_bench.ipynb #02e12cce
 def _torchattacks_parts(model, eps, queries, steps):
     import torchattacks
     kw = dict(eps=eps, norm='Linf')
@@ -72,7 +72,7 @@ def by_torchattacks(
     left,took = {},{}
     for name,part in _torchattacks_parts(model, eps, queries, steps).items():
         start = time.perf_counter()
-        x_adv = torch.cat([part(x[i], y[i]) for i in tqdm(stand.split(bs), desc=f'torchattacks {name}: {len(stand)} images', leave=False)]) if len(stand) else x[:0]
+        x_adv = torch.cat([part(x[i], y[i]) for i in tqdm(stand.split(bs), desc=f'torchattacks {name}: {len(stand)} images', leave=False, delay=3)]) if len(stand) else x[:0]
         with torch.no_grad(): stand = stand[predict(x_adv)==y[stand]] if len(stand) else stand
         left[name],took[name] = len(stand),time.perf_counter()-start
     return left,took
@@ -109,11 +109,11 @@ def autoattack_race(
     return dict(images=n, eps=eps, clean=clean/n, robust=last['robust'], robust_torchattacks=last['robust_torchattacks'], seconds=round(sum(seconds[0]), 1), seconds_torchattacks=round(sum(seconds[1]), 1),
                 ratio=round(sum(seconds[0])/sum(seconds[1]), 3), ratios=[round(a/b, 3) for a,b in zip(*seconds)], bf16=ours.bf16, threads=torch.get_num_threads(), parts=list(rows.values()))
 
-# %% ../nbs/18_bench.ipynb #7012d57d
+# %% ../nbs/18_bench.ipynb #486e074f
 _kinds = ('dense float32', 'dense bfloat16', 'pruned', 'int8', 'pruned int8')
 
 def _eager(kind, model, x):
-    if 'int8' in kind: return lower(model, x, least=.8)  # weights are random here, and classes close
+    if 'int8' in kind: return lower(model, x, least=.8) if find_spec('torchao') else None  # weights are random here, and classes close
     if 'bfloat16' not in kind: return model
     model = deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)
     return lambda x: model(x.to(torch.bfloat16, memory_format=torch.channels_last)).float()
@@ -133,7 +133,7 @@ def _openvino(kind, model, x):
     request = core.compile_model(core.read_model(to_onnx(model, x.shape[1:])), 'CPU', settings).create_infer_request()
     return lambda x: torch.from_numpy(request.infer([x.numpy()])[0])
 
-_engines = {'eager': (_eager, 'torchao'), 'Inductor': (_inductor, 'torch'), 'ONNX Runtime': (_onnxruntime, 'onnxruntime'), 'OpenVINO': (_openvino, 'openvino')}
+_engines = {'eager': (_eager, 'torch'), 'Inductor': (_inductor, 'torch'), 'ONNX Runtime': (_onnxruntime, 'onnxruntime'), 'OpenVINO': (_openvino, 'openvino')}
 _networks = dict(cnn8=(cnn8, (1,28,28)), resnet18=(resnet18_cifar, (3,32,32)))
 
 def _five(network, x):
@@ -154,7 +154,7 @@ def inference_race(
     rounds:int=5, # Turns of five calls that each takes; the median counts
 ) -> dict: # A row for each network, engine, batch and kind: milliseconds, and how many times faster than dense float32 in the same engine
     "Dense, pruned and quantized networks in one engine after another"
-    missing,rows = [f'{e} (pip install {m})' for e,(_,m) in _engines.items() if not find_spec(m)],[]
+    missing,rows = [f'{e} (pip install {m})' for e,m in [*((e, m) for e,(_,m) in _engines.items()), ('int8 in eager', 'torchao')] if not find_spec(m)],[]
     names = [o for o in engines or _engines if find_spec(_engines[o][1])]
     sizes = {}
     for network,engine in tqdm([(n, e) for n in networks for e in names], desc='engines', delay=60):

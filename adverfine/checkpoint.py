@@ -140,13 +140,13 @@ def _assemble(record, weights, factory=None):
     model.load_state_dict({k: v.clone() for k,v in stored.items()}, assign=True)
     return pixel_model.cpu()
 
-# %% ../nbs/13_checkpoint.ipynb #88c80df5
+# %% ../nbs/13_checkpoint.ipynb #80d09de4
 _fence = '`'*3
 
 def _size(said):
     "A layer's sizes, and the bits of its weights and inputs"
     sizes = ' '.join(str(v) for k,v in said.items() if isinstance(v, int) and k!='groups')
-    return sizes,f"{said['w_quant']['bits']} / {said['x_quant']['bits']}" if 'w_quant' in said else 'float32'
+    return sizes,f"{said['w_quant']['bits']} / {said['x_quant']['bits']}" if 'w_quant' in said else f"float32, output {said['y_quant']['bits']}" if 'y_quant' in said else 'float32'
 
 def _measured(report):
     "The report in Markdown"
@@ -155,7 +155,7 @@ def _measured(report):
     threat,attacks = report['threat'],', '.join(o['settings'] for o in report['attacks'])
     return '\n'.join([f"| images | clean accuracy | robust accuracy | threat model |", '|---|---|---|---|',
         f"| {report['n']} | {report['clean']:.4f} ± {report['clean_ci']:.4f} | {report['robust']:.4f} ± {report['robust_ci']:.4f} | {threat['norm']}, eps {threat['eps']:.4g} in pixels |", '',
-        f"Robust: right clean **and** under every attack: `{attacks}`. {report['verdict']}", *(f'- {o}' for o in report['reasons'])])
+        f"Robust: right clean **and** under every attack: `{attacks}`. {report['verdict']}", '', *(f'- {o}' for o in report['reasons'])])
 
 def _card(record, stored, work):
     "The model card of `record`, whose network takes so many bytes and multiply-accumulates"

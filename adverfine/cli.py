@@ -10,7 +10,7 @@ __all__ = ['main']
 # %% ../nbs/20_cli.ipynb #030f9b69
 import argparse, sys
 
-# %% ../nbs/20_cli.ipynb #899d2206
+# %% ../nbs/20_cli.ipynb #819f58c4
 _study_options = dict(
     out=(str, None, 'output folder; default: studies/NAME'),
     levels=(float, '*', 'shares of channels to prune, such as 0.5 0.9'),
@@ -39,7 +39,7 @@ _benches = dict(
     inference=('dense, pruned and int8 networks in every engine that is installed (minutes)', lambda args, bench, races: bench.inference_race()),
     training=('a step of adversarial training against other libraries (minutes)', lambda args, bench, races: races.training_race(args.rounds)),
     precision=('robust accuracy after training in bfloat16 and in float32 (ten minutes)', lambda args, bench, races: races.precision_check(path=args.path)),
-    bits=('robust accuracy of quantized networks (twenty minutes)', lambda args, bench, races: races.bits_check(seed=args.seed, path=args.path)),
+    bits=('robust accuracy of quantized networks (tens of minutes)', lambda args, bench, races: races.bits_check(seed=args.seed, path=args.path)),
     recipes=('fine-tuning recipes at equal seconds (hours)', lambda args, bench, races: dict(parts=races.recipe_race(args.out, args.seconds, args.seed, n=args.n or 200, path=args.path).to_dict('records'))))
 
 def _parser():

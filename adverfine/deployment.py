@@ -8,13 +8,13 @@ Docs: https://adverfine.github.io/adverfine/deployment.html.md"""
 __all__ = ['IntegerConv2d', 'IntegerLinear', 'integer_network', 'check_agreement', 'OnnxNetwork', 'to_onnx', 'write_onnx',
            'lower']
 
-# %% ../nbs/15_deployment.ipynb #18d7c7b7
-import copy, io, json
+# %% ../nbs/15_deployment.ipynb #a07e94e3
+import copy, io
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 import torch, torch.nn.functional as F
-import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed, which exporters and Inductor know
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.learner import Learner
@@ -24,7 +24,7 @@ from .models import *
 from .quantization import *
 from .checkpoint import *
 
-# %% ../nbs/15_deployment.ipynb #752c594d
+# %% ../nbs/15_deployment.ipynb #4403729b
 _q = torch.ops.quantized_decomposed
 
 class _Grid:
@@ -96,6 +96,7 @@ def integer_network(
     model:nn.Module, # A twin: a network after `quantize`
 ) -> nn.Module: # The same network, on the CPU, in eval mode
     "A copy of `model` with integer weights, BatchNorm folded into them: what is exported"
+    import_module('torch.ao.quantization.fx._decomposed')  # registers quantized_decomposed, which exporters and integer kernels know
     model = copy.deepcopy(bare(model)).to('cpu', memory_format=torch.contiguous_format).eval()
     if isinstance(model, PixelModel):
         model.model = integer_network(model.model)

@@ -335,7 +335,7 @@ class StructuredPruning(Callback):
 
     def after_fit(self): self.pruner = None
 
-# %% ../nbs/06_pruning.ipynb #b84a2262
+# %% ../nbs/06_pruning.ipynb #db76d0a0
 def _right(model, attack, x, y, bs=256):
     "Share of images that are right when clean, and of those that are right under `attack` too"
     clean,robust = [],[]
@@ -382,13 +382,10 @@ def robust_sensitivity(
     "Cut one group of layers at a time and attack what is left"
     model,space,x = bare(learn.model),pixel_space(learn.dls),_example(learn)
     px,y = (o[:n].to(x.device) for o in pixels(learn.dls.valid))
-    with _traceable(model): names = [g.name for g in _trace(model, x)[1]]
+    with _traceable(model): groups = _trace(model, x)[1]
     right,rows = lambda m: _right(space.wrap(m), attack, px, y),[]
     clean,robust = right(model)
-    for name,level in tqdm([(o, l) for o in names for l in levels], desc='cuts', leave=False, delay=3):
-        try: cut = right(prune(copy.deepcopy(model), {name: level}, x, criterion=criterion))
-        except ValueError as e:
-            if 'would leave none' not in str(e): raise
-            continue
+    for name,level in tqdm([(g.name, l) for g in groups for l in levels if _floor(g.n*(1-l))>=1], desc='cuts', leave=False, delay=3):
+        cut = right(prune(copy.deepcopy(model), {name: level}, x, criterion=criterion))
         rows.append(dict(layer=name, level=level, clean=cut[0], robust=cut[1]))
     return Sensitivity(pd.DataFrame(rows), clean, robust, attack, len(px))

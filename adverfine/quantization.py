@@ -127,7 +127,7 @@ def best_step(
 
 calibrations = dict(mse=best_step, percentile=percentile_step, minmax=minmax_step)
 
-# %% ../nbs/07_quantization.ipynb #4cad7cca
+# %% ../nbs/07_quantization.ipynb #9022d2f0
 class _QuantLayer:
     "What the quantized layers have in common"
     def storage_bytes(self):
@@ -212,7 +212,7 @@ def quantize(
     calibration:str='mse', # How steps are found: 'mse', 'percentile' or 'minmax'
     ends:int|tuple=None, # Bits of the first and the last layer, if they should have others
     layers:dict=None, # Bits of single layers: name or pattern, such as 'layer4.*' -> bits
-    sums:int=None, # Bits of what BatchNorms feed into residual additions, such as 8; default: floats
+    sums:int=None, # Bits of what BatchNorms feed into residual additions, such as 8, where torch.fx can trace them; default: floats
 ) -> dict: # weight -> the steps that were added beside it, for the optimizer
     "Swap every convolution and linear layer of `model` for its quantized twin, calibrated on `batches`"
     for o in (bits, *([ends] if ends is not None else []), *(layers or {}).values()): check_bits(o)

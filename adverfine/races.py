@@ -191,7 +191,7 @@ def precision_check(
 def _fast(): return [BF16()] if bf16_is_fast() else []
 def _cnn8(dls): return cnn8(size=dls.valid.dataset.x.shape[-1])
 
-# %% ../nbs/19_races.ipynb #42af9a23
+# %% ../nbs/19_races.ipynb #15f16355
 def bits_check(
     bits=(8, 4, 2, (1, 8)), # Each a number, or two: for weights and for inputs
     epochs:int=3, # Of fine-tuning
@@ -201,24 +201,28 @@ def bits_check(
     **kwargs # For the data set, such as `path`
 ) -> dict: # Clean and robust accuracy of the parent, and of each twin before and after fine-tuning
     "What few bits cost `cnn8` in robust accuracy"
-    with no_random(seed):
-        dls = data_sets[data](seed=seed, **kwargs)
-        parent = Learner(dls, _cnn8(dls), loss_func=nn.CrossEntropyLoss())
-        with parent.no_bar(), parent.no_logging(): parent.fit_one_cycle(parent_epochs, 4e-3, cbs=[AdversarialTraining(PGD(_eps, steps=5)), EpsilonWarmup(.2), *_fast()])
-    x,y = pixels(dls.test)
+    dls = data_sets[data](seed=seed, **kwargs)
+    parent,(x,y) = _robust_cnn8(dls, seed, parent_epochs),pixels(dls.test)
     def judged(model):
         report = evaluate(model.eval(), x, y, PGD(_eps, steps=20), seed=0, progress=False)
         return dict(clean=report.clean, robust=report.robust)
-    whole,rows = judged(parent.model),[]
+    whole,rows = judged(parent),[]
     for b in tqdm(bits, desc='twins', delay=60):
-        learn = Learner(dls, deepcopy(parent.model), loss_func=nn.CrossEntropyLoss()).quantize(b)
+        learn = Learner(dls, deepcopy(parent), loss_func=nn.CrossEntropyLoss()).quantize(b)
         before = judged(learn.model)
         with no_random(seed), learn.no_bar(), learn.no_logging(): learn.adversarial_fine_tune(epochs, _eps)
         after = judged(learn.model)
         rows.append(dict(bits=str(b), rounded_clean=before['clean'], rounded_robust=before['robust'], **after, **{f'{k}_lost': round(whole[k]-after[k], 4) for k in after}))
     return dict(parent=whole, epochs=epochs, seed=seed, eps=_eps, test_images=len(x), parts=rows)
 
-# %% ../nbs/19_races.ipynb #0ae9a9ff
+def _robust_cnn8(dls, seed, epochs=4):
+    "A dense `cnn8`, adversarially trained"
+    with no_random(seed):
+        learn = Learner(dls, _cnn8(dls), loss_func=nn.CrossEntropyLoss())
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 4e-3, cbs=[AdversarialTraining(PGD(_eps, steps=5)), EpsilonWarmup(.2), *_fast()])
+    return learn.model
+
+# %% ../nbs/19_races.ipynb #944eae85
 _recipes = dict(
     madry=lambda attack, teacher: [AdversarialTraining(attack)],
     madry_average=lambda attack, teacher: [AdversarialTraining(attack), WeightAverage()],
@@ -264,11 +268,7 @@ class _Heats:
 
     def _parent(self, file):
         model = _cnn8(self.dls)
-        if not file.exists():
-            with no_random(self.seed):
-                learn = Learner(self.dls, _cnn8(self.dls), loss_func=nn.CrossEntropyLoss())
-                with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 4e-3, cbs=[AdversarialTraining(self.attack), EpsilonWarmup(.2), *_fast()])
-            write_atomic(file, save({k: v.detach().contiguous() for k,v in learn.model.state_dict().items()}))
+        if not file.exists(): write_atomic(file, save({k: v.detach().contiguous() for k,v in _robust_cnn8(self.dls, self.seed).state_dict().items()}))
         model.load_state_dict(load_file(file))
         return model
 

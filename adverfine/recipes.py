@@ -161,7 +161,7 @@ class EpsilonWarmup(WhileAttached):
     def detach(self):
         if self._full is not None: self.adversarial.attack,self._full = self._full,None
 
-# %% ../nbs/14_recipes.ipynb #75fd466f
+# %% ../nbs/14_recipes.ipynb #75687225
 @patch
 def adversarial_fine_tune(self:Learner,
     epochs:int, # Passes over the training images
@@ -173,14 +173,14 @@ def adversarial_fine_tune(self:Learner,
     cbs=None, # Further callbacks
     **kwargs # For fastai's `fit_one_cycle`
 ) -> Learner:
-    "Fine-tune on adversarial images by the recipe that did best at equal seconds"
+    "Fine-tune on adversarial images by the recipe that held up best at equal seconds"
     if not isinstance(attack, Attack): attack = FGSMRS(attack)
     recipe = [AdversarialTraining(attack, objective, teacher), WeightAverage(decay), CatastrophicOverfitting()]
     if bf16_is_fast() and not any(isinstance(cb, BF16) for cb in [*self.cbs, *L(cbs)]): recipe.append(BF16())
     self.fit_one_cycle(epochs, lr, cbs=[*recipe, *L(cbs)], **kwargs)
     return self
 
-# %% ../nbs/14_recipes.ipynb #9af6186c
+# %% ../nbs/14_recipes.ipynb #136fd0f3
 def compress(
     path, # Folder that `learn.save_compressed` has written
     out, # Folder for the smaller network
@@ -201,6 +201,7 @@ def compress(
     if Path(path).resolve()==Path(out).resolve(): raise ValueError(f"{out} is where the network comes from: give another folder")
     info,model = compressed_info(path),load_compressed(path, factory)
     norms = [tuple(o[k] for k in ('mean', 'std')) for o in info['normalize']]
+    if len(norms)>1: raise ValueError(f"{path} normalises its images {len(norms)} times, and data sets do it once: save it with a single Normalize")
     dls = dls(normalize=norms[0] if norms else None)
     shape = list(dls.valid.one_batch()[0].shape[1:])
     if shape!=info['input_shape']: raise ValueError(f"{path} is for images of shape {tuple(info['input_shape'])}, and these have {tuple(shape)}: name the data set that it was trained on")

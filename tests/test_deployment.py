@@ -13,6 +13,7 @@ from adverfine.autoattack import *
 from adverfine.models import *
 from adverfine.pruning import *
 from adverfine.quantization import *
+from adverfine.recipes import *
 from adverfine.threat import *
 
 def _net(x, seed=0):
@@ -142,3 +143,17 @@ def test_sums_are_saved_and_loaded(tmp_path):
     x,again = torch.rand(3, 3, 32, 32),load_compressed(tmp_path)
     assert isinstance(again.layer1[0].bn2, QuantBatchNorm2d)
     with torch.no_grad(): assert torch.equal(again(x), learn.model.eval()(x))
+
+def test_compress_keeps_the_normalisation(tmp_path):
+    torch.manual_seed(0)
+    learn = Learner(digits_dls(normalize=(.4, .3)), cnn8(size=8))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 5e-3)
+    learn.save_compressed(tmp_path/'net')
+    report = compress(tmp_path/'net', tmp_path/'small', digits_dls, bits=8, epochs=0, eps=.05, adversarial=False, progress=False)
+    small,whole = compressed_info(tmp_path/'small'),compressed_info(tmp_path/'net')
+    assert small['normalize']==whole['normalize']!=[] and small['report']['clean']==report.clean
+    x,y = pixels(learn.dls.test)
+    assert ((load_compressed(tmp_path/'small')(x).argmax(1)==y).float().mean()-report.clean).abs()<1e-6
+    assert 'normalises them itself' in (tmp_path/'small'/'README.md').read_text()
+    again = compress(tmp_path/'net', tmp_path/'both', digits_dls, prune=.5, bits=(4, 8), epochs=1, eps=.05, progress=False)
+    assert load_compressed(tmp_path/'both')(x).shape==(500, 10) and again.n==500

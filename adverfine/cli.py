@@ -10,7 +10,7 @@ __all__ = ['main']
 # %% ../nbs/20_cli.ipynb #030f9b69
 import argparse, sys
 
-# %% ../nbs/20_cli.ipynb #819f58c4
+# %% ../nbs/20_cli.ipynb #1df1a9a0
 _study_options = dict(
     out=(str, None, 'output folder; default: studies/NAME'),
     levels=(float, '*', 'shares of channels to prune, such as 0.5 0.9'),
@@ -39,8 +39,8 @@ _benches = dict(
     inference=('dense, pruned and int8 networks in every engine that is installed (minutes)', lambda args, bench, races: bench.inference_race()),
     training=('a step of adversarial training against other libraries (minutes)', lambda args, bench, races: races.training_race(args.rounds)),
     precision=('robust accuracy after training in bfloat16 and in float32 (ten minutes)', lambda args, bench, races: races.precision_check(path=args.path)),
-    bits=('robust accuracy of quantized networks (tens of minutes)', lambda args, bench, races: races.bits_check(seed=args.seed, path=args.path)),
-    recipes=('fine-tuning recipes at equal seconds (hours)', lambda args, bench, races: dict(parts=races.recipe_race(args.out, args.seconds, args.seed, n=args.n or 200, path=args.path).to_dict('records'))))
+    bits=('robust accuracy of quantized networks (tens of minutes)', lambda args, bench, races: races.bits_check(args.out or 'studies/bits', seed=args.seed, path=args.path)),
+    recipes=('fine-tuning recipes at equal seconds (hours)', lambda args, bench, races: dict(parts=races.recipe_race(args.out or 'studies/recipes', args.seconds, args.seed, n=args.n or 200, path=args.path).to_dict('records'))))
 
 def _parser():
     parser = argparse.ArgumentParser('adverfine', description='Compress vision models and keep them robust.')
@@ -88,7 +88,7 @@ def _parser():
     bench.add_argument('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
     bench.add_argument('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
     bench.add_argument('--seed', type=int, default=0, help='of recipes and bits')
-    bench.add_argument('--out', default='studies/recipes', help='folder for the results of recipes; default: studies/recipes')
+    bench.add_argument('--out', help='folder for the results of recipes and bits, which go on where they were stopped; default: studies/NAME')
     bench.add_argument('--path', help='folder of the data set')
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser

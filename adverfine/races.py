@@ -191,29 +191,53 @@ def precision_check(
 def _fast(): return [BF16()] if bf16_is_fast() else []
 def _cnn8(dls): return cnn8(size=dls.valid.dataset.x.shape[-1])
 
-# %% ../nbs/19_races.ipynb #15f16355
+# %% ../nbs/19_races.ipynb #d82ea77e
+class _Folder:
+    "Where the results of a race are kept, all of them made with the same `settings`"
+    def __init__(self, out, **settings):
+        self.out = Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        kept,settings = self('race', lambda: settings),json.loads(json.dumps(settings))
+        if kept!=settings: raise ValueError(f"{self.out} holds a race with {kept}, and this one has {settings}: give another folder as out")
+
+    def __call__(self, name, measure):
+        "What `measure` says, or said when it was first called"
+        file = self.out/f'{name}.json'
+        if not file.exists(): write_atomic(file, json.dumps(measure()))
+        return json.loads(file.read_text())
+
+    def network(self, name, model, train):
+        "`model` with the weights of what `train` returns, or returned when it was first called"
+        file = self.out/f'{name}.safetensors'
+        if not file.exists(): write_atomic(file, save({k: v.detach().contiguous() for k,v in train().state_dict().items()}))
+        model.load_state_dict(load_file(file))
+        return model
+
 def bits_check(
+    out, # Folder of the results
     bits=(8, 4, 2, (1, 8)), # Each a number, or two: for weights and for inputs
     epochs:int=3, # Of fine-tuning
     parent_epochs:int=4, # Of adversarial training
-    seed:int=0,
+    seed:int=0, # Of parent and fine-tuning
     data:str='fashion_mnist', # Name of a data set of grey images
     **kwargs # For the data set, such as `path`
 ) -> dict: # Clean and robust accuracy of the parent, and of each twin before and after fine-tuning
     "What few bits cost `cnn8` in robust accuracy"
+    folder = _Folder(out, epochs=epochs, parent_epochs=parent_epochs, data=data)
     dls = data_sets[data](seed=seed, **kwargs)
-    parent,(x,y) = _robust_cnn8(dls, seed, parent_epochs),pixels(dls.test)
+    parent = folder.network(f'parent-{seed}', _cnn8(dls), lambda: _robust_cnn8(dls, seed, parent_epochs))
     def judged(model):
-        report = evaluate(model.eval(), x, y, PGD(_eps, steps=20), seed=0, progress=False)
+        report = evaluate(model.eval(), *pixels(dls.test), PGD(_eps, steps=20), seed=0, progress=False)
         return dict(clean=report.clean, robust=report.robust)
-    whole,rows = judged(parent),[]
-    for b in tqdm(bits, desc='twins', delay=60):
-        learn = Learner(dls, deepcopy(parent), loss_func=nn.CrossEntropyLoss()).quantize(b)
-        before = judged(learn.model)
+    def row(bits):
+        learn = Learner(dls, deepcopy(parent), loss_func=nn.CrossEntropyLoss()).quantize(bits)
+        rounded = judged(learn.model)
         with no_random(seed), learn.no_bar(), learn.no_logging(): learn.adversarial_fine_tune(epochs, _eps)
-        after = judged(learn.model)
-        rows.append(dict(bits=str(b), rounded_clean=before['clean'], rounded_robust=before['robust'], **after, **{f'{k}_lost': round(whole[k]-after[k], 4) for k in after}))
-    return dict(parent=whole, epochs=epochs, seed=seed, eps=_eps, test_images=len(x), parts=rows)
+        return {f'rounded_{k}': v for k,v in rounded.items()} | judged(learn.model)
+    whole = folder(f'parent-{seed}', lambda: judged(parent))
+    rows = [dict(bits=str(b)) | folder(f'{b}-{seed}', lambda: row(b)) for b in tqdm(bits, desc='twins', delay=60)]
+    lost = [{f'{k}_lost': round(whole[k.removeprefix('rounded_')]-v, 4) for k,v in o.items() if k!='bits'} for o in rows]
+    return dict(parent=whole, epochs=epochs, seed=seed, eps=_eps, test_images=len(dls.test.dataset), parts=[o | l for o,l in zip(rows, lost)])
 
 def _robust_cnn8(dls, seed, epochs=4):
     "A dense `cnn8`, adversarially trained"
@@ -222,7 +246,7 @@ def _robust_cnn8(dls, seed, epochs=4):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 4e-3, cbs=[AdversarialTraining(PGD(_eps, steps=5)), EpsilonWarmup(.2), *_fast()])
     return learn.model
 
-# %% ../nbs/19_races.ipynb #944eae85
+# %% ../nbs/19_races.ipynb #4fb4147c
 _recipes = dict(
     madry=lambda attack, teacher: [AdversarialTraining(attack)],
     madry_average=lambda attack, teacher: [AdversarialTraining(attack), WeightAverage()],
@@ -252,25 +276,10 @@ class _Heats:
     kwargs:dict
 
     def __post_init__(self):
-        self.out.mkdir(parents=True, exist_ok=True)
-        settings = dict(seconds=self.seconds, n=self.n, lr=self.lr, data=self.data)
-        kept = self._kept('race', lambda: settings)
-        if kept!=settings: raise ValueError(f"{self.out} holds a race with {kept}, and this one has {settings}: give another folder as out")
+        self.kept = _Folder(self.out, seconds=self.seconds, n=self.n, lr=self.lr, data=self.data)
         self.dls,self.attack = data_sets[self.data](seed=self.seed, **self.kwargs),PGD(_eps, steps=5)
-        self.parent = self._parent(self.out/f'parent-{self.seed}.safetensors')
+        self.parent = self.kept.network(f'parent-{self.seed}', _cnn8(self.dls), lambda: _robust_cnn8(self.dls, self.seed))
         self.teacher = deepcopy(self.parent).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    def _kept(self, name, measure):
-        "What `measure` says, or said when it was first called"
-        file = self.out/f'{name}.json'
-        if not file.exists(): write_atomic(file, json.dumps(measure()))
-        return json.loads(file.read_text())
-
-    def _parent(self, file):
-        model = _cnn8(self.dls)
-        if not file.exists(): write_atomic(file, save({k: v.detach().contiguous() for k,v in _robust_cnn8(self.dls, self.seed).state_dict().items()}))
-        model.load_state_dict(load_file(file))
-        return model
 
     def _part(self, batches):
         "DataLoaders with so many training batches, and with all the validation images"
@@ -291,7 +300,7 @@ class _Heats:
             clock,learn = _Clock(),self._learner(network, self._part(18))
             with no_random(0): self._fit(learn, recipe, 1, 0., clock)
             return median(b-a for a,b in zip(clock.times, clock.times[1:]))
-        return self._kept(f'pace-{recipe}-{network}', measure)
+        return self.kept(f'pace-{recipe}-{network}', measure)
 
     def row(self, recipe, network):
         "How accurate it is after its seconds"
@@ -302,9 +311,9 @@ class _Heats:
                 learn = self._learner(network, self._part(max(1, round(batches/epochs))))
                 self._fit(learn, recipe, epochs, self.lr)
             return dict(recipe=recipe, network=network, seed=self.seed, images=len(learn.dls.train)*learn.dls.train.bs*epochs, epochs=epochs) | self._judged(learn.model)
-        return self._kept(f'{recipe}-{network}-{self.seed}', measure)
+        return self.kept(f'{recipe}-{network}-{self.seed}', measure)
 
-    def parent_row(self): return self._kept(f'parent-{self.seed}', lambda: dict(recipe='parent', network='dense', seed=self.seed) | self._judged(self.parent))
+    def parent_row(self): return self.kept(f'parent-{self.seed}', lambda: dict(recipe='parent', network='dense', seed=self.seed) | self._judged(self.parent))
 
     def _judged(self, model):
         (x,y),model = (o[:_judges] for o in pixels(self.dls.valid)),model.eval()

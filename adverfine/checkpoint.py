@@ -71,21 +71,25 @@ def _made_by(model, factory, kwargs):
     if hasattr(model, 'made_by'): return model.made_by
     raise ValueError(f"{type(model).__name__} does not say how it was made: pass factory='torchvision.models.resnet18' and its arguments, or the function that makes it")
 
-# %% ../nbs/13_checkpoint.ipynb #92b4b0f8
+# %% ../nbs/13_checkpoint.ipynb #9e16e83a
 _sizes = {nn.Conv2d: ('in_channels', 'out_channels', 'groups'), nn.Linear: ('in_features', 'out_features'), nn.BatchNorm2d: ('num_features',)}
 _twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.BatchNorm2d: QuantBatchNorm2d}
 _sizes.update({twin: _sizes[k] for k,twin in _twins.items()})
 _quantizers,_settings = {QuantConv2d: ('w_quant', 'x_quant'), QuantLinear: ('w_quant', 'x_quant'), QuantBatchNorm2d: ('y_quant',)},dict(bits=int, signed=bool, symmetric=bool, through=bool)
 
-def _layers(model): return {n: m for n,m in model.named_modules() if type(m) in _sizes}
+def _layers(model): return {n: m for n,m in model.named_modules() if type(m) in _sizes or head_projections(m)}
 
 def _describe(m):
     "What tells the layer `m` from the one that the factory made"
+    if type(m) not in _sizes: return dict(type=type(m).__name__, num_heads=m.num_heads)
     settings = lambda q: dict(bits=q.bits, signed=q.signed, symmetric=q.lo==-q.hi, through=q.through)
     return dict(type=type(m).__name__, **{k: getattr(m, k) for k in _sizes[type(m)]}, **{k: settings(getattr(m, k)) for k in _quantizers.get(type(m), ())})
 
 def _become(name, m, said):
     "Make `m` the layer that `_describe` said it was; its parameters are shapes without values"
+    if type(m) not in _sizes:
+        if said.keys()!={'type', 'num_heads'} or said['type']!=type(m).__name__ or type(said['num_heads']) is not int or said['num_heads']<1: raise ValueError(f"layer {name!r} is a {type(m).__name__}, an attention, and described by {said}")
+        return set_heads(m, said['num_heads'])
     cls = next((o for o in (type(m), _twins.get(type(m))) if o and o.__name__==said['type']), None)
     if cls is None: raise ValueError(f"layer {name!r} is a {type(m).__name__} and cannot be a {said['type']!r}")
     quantizers = {k: said[k] for k in _quantizers.get(cls, ())}
@@ -107,7 +111,7 @@ def _become(name, m, said):
         if 'w_quant' in quantizers: m.w_quant.begin(torch.ones(n, *[1]*len(rest)))
     m.__class__ = cls
 
-# %% ../nbs/13_checkpoint.ipynb #8b2997d1
+# %% ../nbs/13_checkpoint.ipynb #2d59e8ad
 def _normalize(said):
     "The transforms in the description"
     for o in said:
@@ -125,7 +129,9 @@ def _assemble(record, weights, factory=None):
         if factory is not None: model = factory()
         else:
             with torch.device('meta'): model = _call(**made)
-    layers,said = _layers(model),record['layers']
+    said = record['layers']
+    for m in [m for n,m in model.named_modules() if type(m) is nn.MultiheadAttention and said.get(n, {}).get('type')=='SelfAttention']: SelfAttention.open(m)
+    layers = _layers(model)
     if odd := layers.keys()^said.keys(): raise ValueError(f"layer {min(odd)!r} is {'not in the network' if min(odd) in said else 'missing in the file'} that {made['factory']!r} makes")
     for n,m in layers.items(): _become(n, m, said[n])
     stored,needed = load(weights),model.state_dict()

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from .models import evaluating
 
-# %% ../nbs/03_cost.ipynb #e6ab36f9
+# %% ../nbs/03_cost.ipynb #e346f408
 @dataclass(frozen=True)
 class Cost:
     "The price of a network"
@@ -42,7 +42,11 @@ def macs(
     x:Tensor, # A batch (N,C,H,W) as the network wants it
 ) -> int:
     "Multiply-accumulates for one image of `x`"
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter: model(x)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter: model(x)
+    finally: torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops()//2//len(x)
 
 def latency(

@@ -27,7 +27,7 @@ from .models import *
 from .cost import *
 from .attacks import *
 
-# %% ../nbs/06_pruning.ipynb #dc1a241e
+# %% ../nbs/06_pruning.ipynb #1445d305
 def _layers(model, x):
     "The convolutions and linear layers of `model`, in the order in which they run on `x`"
     ran,hooks = [],[]
@@ -73,6 +73,39 @@ class _Group:
 
     @property
     def name(self): return self.layers[0]
+    least = 0
+
+    def scores(self, graph, importance):
+        "The importance of each channel"
+        group = graph.get_pruning_group(self.root, graph.get_pruner_of_module(self.root).prune_out_channels, list(range(graph.get_out_channels(self.root))))
+        return importance(group).detach().cpu().view(self.copies, -1).mean(0)
+
+    def cut(self, gone, n):
+        "What goes, as torch-pruning writes it down: (layer, of its outputs, channels)"
+        return self.path,True,[i+copy*n for copy in range(self.copies) for i in gone]
+
+class _Heads(_Group):
+    "The heads of one attention"
+    least = 1
+
+    def scores(self, graph, importance):
+        "The importance of each head"
+        proj,out = head_projections(self.root)
+        width,group = out.in_features,tp.Group()
+        for m,prune,start in (proj, tp.prune_linear_out_channels, 0), (proj, tp.prune_linear_out_channels, width), (proj, tp.prune_linear_out_channels, 2*width), (out, tp.prune_linear_in_channels, 0):
+            group.add_dep(tp.Dependency(prune, prune, graph.module2node[m], graph.module2node[m]), list(range(start, start+width)))
+            group[-1].root_idxs = list(range(width))
+        return importance(group).detach().cpu().view(self.root.num_heads, -1).mean(1)
+
+    def cut(self, gone, n): return self.path,'heads',gone
+
+def _cut_heads(m, gone):
+    "Remove the heads `gone` of the attention `m`"
+    (proj,out),of = head_projections(m),lambda start: [start+i*m.head_dim+j for i in gone for j in range(m.head_dim)]
+    width = out.in_features
+    tp.prune_linear_out_channels(proj, of(0)+of(width)+of(2*width))
+    tp.prune_linear_in_channels(out, of(0))
+    set_heads(m, m.num_heads-len(gone))
 
 def _trace(model, x):
     "The dependencies of `model` by torch-pruning, and its groups"
@@ -92,8 +125,10 @@ def _trace(model, x):
                 pruner = graph.get_pruner_of_module(m)
                 copies = max(copies, (pruner.get_out_channel_groups if out else pruner.get_in_channel_groups)(m))
         groups.append(_Group(root, names[root], [names[m] for m in layers if m in members], graph.get_out_channels(root)//copies, copies))
+    groups += [_Heads(m, names[m], [names[m]], m.num_heads, 1) for m in attentions if head_projections(m) and head_projections(m)[0] in layers]
     if not groups: raise ValueError(f"{type(model).__name__} has no channels that may be cut: all are tied to its inputs, its head or its attention")
-    return graph,sorted(groups, key=lambda g: [names[m] for m in layers].index(g.name))
+    order = [names[m] for m in layers]
+    return graph,sorted(groups, key=lambda g: min(i for i,n in enumerate(order) if n in g.layers or n.startswith(f'{g.name}.')))
 
 # %% ../nbs/06_pruning.ipynb #f156445c
 _norms = nn.modules.batchnorm._BatchNorm
@@ -141,7 +176,7 @@ def _importance(criterion, learn):
     finally:
         for p,g in own.items(): p.grad = g
 
-# %% ../nbs/06_pruning.ipynb #6215b383
+# %% ../nbs/06_pruning.ipynb #5017c9d1
 def check_level(
     level:float, # Share of the channels that go
 ):
@@ -178,7 +213,7 @@ class PruningPlan:
                 if not any(fnmatchcase(n, pattern) for g in groups for n in g.layers): raise ValueError(f"no layer that can be cut is called {pattern!r}: there are {', '.join(n for g in groups for n in g.layers)}")
             levels = [max((v for k,v in self.level.items() if any(fnmatchcase(n, k) for n in g.layers)), default=0) for g in groups]
         for g,level in sorted(zip(groups, levels), key=lambda o: o[0].n):
-            if _floor(g.n*(1-level))<1: raise ValueError(f"level={level} would leave none of the {g.n*g.copies} channels of layer '{g.name}': use at most {_floor(1e3*(1-1/g.n))/1e3:.3g}")
+            if max(g.least, _floor(g.n*(1-level)))<1: raise ValueError(f"level={level} would leave none of the {g.n*g.copies} channels of layer '{g.name}': use at most {_floor(1e3*(1-1/g.n))/1e3:.3g}")
         return [self._rounded(g, g.n*(1-level*share)) if level else g.n for g,level in zip(groups, levels)]
 
     def _left_of_all(self, groups, scores, share):
@@ -193,13 +228,13 @@ class PruningPlan:
 
     def _rounded(self, g, left):
         "Whole channels: a multiple of `round_to`, the nearest one that leaves any"
-        if self.round_to==1: return _floor(left)
+        if self.round_to==1 or g.least: return max(g.least, _floor(left))
         unit = self.round_to//math.gcd(self.round_to, g.copies)
         return min(g.n, max(unit, round(left/unit)*unit))
 
 def _floor(v): return int(v+1e-9)
 
-# %% ../nbs/06_pruning.ipynb #e0b2261c
+# %% ../nbs/06_pruning.ipynb #0fd64b8d
 class _LastCall(torch.overrides.TorchFunctionMode):
     "Remembers the operation that was called last"
     name = 'an operation'
@@ -210,15 +245,20 @@ class _LastCall(torch.overrides.TorchFunctionMode):
 def _scores(graph, groups, importance):
     "The importance of every channel, of each of `groups`"
     def score(g):
-        group = graph.get_pruning_group(g.root, graph.get_pruner_of_module(g.root).prune_out_channels, list(range(graph.get_out_channels(g.root))))
-        try: return importance(group).detach().cpu().view(g.copies, -1).mean(0)
+        try: return g.scores(graph, importance)
         except (IndexError, RuntimeError, TypeError) as e: raise ValueError(f"torch-pruning cannot tell what the channels of layer '{g.name}' are worth ({type(e).__name__}: {e}): it misread how they are used") from e
     return [score(g) for g in groups]
 
 def _cuts(groups, scores, left):
-    "What goes, as torch-pruning writes it down: (layer, of its outputs, channels)"
-    gone = [s.argsort(stable=True)[:max(0, len(s)-k)] for s,k in zip(scores, left)]
-    return [(g.path, True, [int(i)+copy*len(s) for copy in range(g.copies) for i in o.sort().values]) for g,s,o in zip(groups, scores, gone) if len(o)]
+    "What goes of each group that loses anything"
+    gone = [s.argsort(stable=True)[:max(0, len(s)-k)].sort().values.tolist() for s,k in zip(scores, left)]
+    return [g.cut(o, len(s)) for g,s,o in zip(groups, scores, gone) if o]
+
+def _make(graph, cuts):
+    "Make the `cuts` in the network of `graph`"
+    graph.load_pruning_history([o for o in cuts if o[1]!='heads'])
+    for path,what,gone in cuts:
+        if what=='heads': _cut_heads(graph.model.get_submodule(path), gone)
 
 def _shadow(model, fill):
     "A copy of `model` whose parameters are `fill[parameter]`, zeros where there is nothing"
@@ -228,7 +268,7 @@ def _shadow(model, fill):
 def _carry_out(model, x, cuts):
     "Make the `cuts` in another network of the same architecture"
     model.requires_grad_(True)
-    tp.DependencyGraph().build_dependency(model, x, verbose=False).load_pruning_history(cuts)
+    _make(tp.DependencyGraph().build_dependency(model, x, verbose=False), cuts)
     return model
 
 def _rehearse(model, x, cuts):
@@ -243,7 +283,7 @@ def _rehearse(model, x, cuts):
 class _Pruner:
     "Carries out a plan, all at once or by and by"
     def __init__(self, model, plan, x, learn=None):
-        with _traceable(model):
+        with opened(model, x), _traceable(model):
             self.graph,self.groups = _trace(model, x)
             with _importance(plan.criterion, learn) as importance: scores = _scores(self.graph, self.groups, importance)
             if plan.macs is not None: plan = self._with_level(model, plan, x, scores)
@@ -280,7 +320,7 @@ class _Pruner:
         slots = {k: {p: s[k] for states_ in states for p,s in states_.items() if k in s}
                  for k in {k for o in states for p,s in o.items() for k,v in s.items() if isinstance(v, Tensor) and v.shape==p.shape}}
         shadows = {k: dict(_carry_out(_shadow(self.model, fill), self.x, cuts).named_parameters()) for k,fill in slots.items()}
-        self.graph.load_pruning_history(cuts)
+        _make(self.graph, cuts)
         names = {p: n for n,p in old.items()}
         adopt(opt, {p: new for n,p in old.items() if (new := self.model.get_parameter(n)) is not p},
               state=lambda p, key, t: shadows[key][names[p]].detach().clone())
@@ -296,7 +336,7 @@ def prune(
     _Pruner(bare(model), PruningPlan(level, **kwargs), x).cut()
     return model
 
-# %% ../nbs/06_pruning.ipynb #b3beec85
+# %% ../nbs/06_pruning.ipynb #b8e30d8d
 def _example(learn):
     "Two images as the network wants them"
     x = learn.dls.valid.one_batch()[0][:2]
@@ -312,7 +352,7 @@ def prune(self:Learner,
     _Pruner(bare(self.model), PruningPlan(level, **kwargs), _example(self), self).cut(opt=self.opt)
     return self
 
-# %% ../nbs/06_pruning.ipynb #eec60526
+# %% ../nbs/06_pruning.ipynb #946bcd93
 schedules = dict(one_shot=lambda t: 1., iterative=lambda t: t, cubic=lambda t: 1-(1-t)**3)
 
 @delegates(PruningPlan)
@@ -335,7 +375,7 @@ class StructuredPruning(Callback):
 
     def after_fit(self): self.pruner = None
 
-# %% ../nbs/06_pruning.ipynb #db76d0a0
+# %% ../nbs/06_pruning.ipynb #5d9bc499
 def _right(model, attack, x, y, bs=256):
     "Share of images that are right when clean, and of those that are right under `attack` too"
     clean,robust = [],[]
@@ -382,7 +422,8 @@ def robust_sensitivity(
     "Cut one group of layers at a time and attack what is left"
     model,space,x = bare(learn.model),pixel_space(learn.dls),_example(learn)
     px,y = (o[:n].to(x.device) for o in pixels(learn.dls.valid))
-    with _traceable(model): groups = _trace(model, x)[1]
+    model = copy.deepcopy(model)
+    with opened(model, x), _traceable(model): groups = _trace(model, x)[1]
     right,rows = lambda m: _right(space.wrap(m), attack, px, y),[]
     clean,robust = right(model)
     for name,level in tqdm([(g.name, l) for g in groups for l in levels if _floor(g.n*(1-l))>=1], desc='cuts', leave=False, delay=3):

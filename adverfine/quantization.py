@@ -127,7 +127,7 @@ def best_step(
 
 calibrations = dict(mse=best_step, percentile=percentile_step, minmax=minmax_step)
 
-# %% ../nbs/07_quantization.ipynb #9022d2f0
+# %% ../nbs/07_quantization.ipynb #a5546b3d
 class _QuantLayer:
     "What the quantized layers have in common"
     def storage_bytes(self):
@@ -192,7 +192,6 @@ def _gather(model, layers, terms, batches):
     finally:
         for h in hooks: h.remove()
         for m,cls in classes.items(): m.__class__ = cls
-    if not ran: raise ValueError("there is nothing to calibrate with: give at least one batch of training images")
     return samples,list(dict.fromkeys(ran))
 
 def _bits_of(names, bits, ran, ends, layers):
@@ -218,14 +217,17 @@ def quantize(
     for o in (bits, *([ends] if ends is not None else []), *(layers or {}).values()): check_bits(o)
     if calibration not in calibrations: raise ValueError(f"calibration={calibration!r} is unknown: use one of {', '.join(calibrations)}")
     if sums is not None: check_bits((sums, sums))
-    names = {m: n for n,m in model.named_modules() if isinstance(m, _QuantLayer) or type(m) in _twins}
-    if not names: raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
-    terms = _terms(model) if sums is not None else []
-    samples,ran = _gather(model, names, terms, batches)
-    chosen = _bits_of(names, bits, ran, ends, layers)
-    find_step = calibrations[calibration]
-    added = {m.weight: _swap(m, chosen[m], samples[m], find_step, through=m is ran[0]) for m in ran} | {m.weight: _swap_norm(m, sums, samples[m], find_step) for m in terms}
-    return {weight: steps for weight,steps in added.items() if steps}
+    batches = list(batches)
+    if not batches: raise ValueError("there is nothing to calibrate with: give at least one batch of training images")
+    with opened(model, batches[0]):
+        names = {m: n for n,m in model.named_modules() if isinstance(m, _QuantLayer) or type(m) in _twins}
+        if not names: raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
+        terms = _terms(model) if sums is not None else []
+        samples,ran = _gather(model, names, terms, batches)
+        chosen = _bits_of(names, bits, ran, ends, layers)
+        find_step = calibrations[calibration]
+        added = {m.weight: _swap(m, chosen[m], samples[m], find_step, through=m is ran[0]) for m in ran} | {m.weight: _swap_norm(m, sums, samples[m], find_step) for m in terms}
+        return {weight: steps for weight,steps in added.items() if steps}
 
 def _swap(m, bits, sample, find_step, through):
     "Make `m` its twin, or give the twin that it is other bits; the steps that are new"

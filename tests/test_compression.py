@@ -1,4 +1,5 @@
 "Pruning and quantization: the optimizer follows, nothing frozen thaws, gradients are what the formula says"
+import copy
 from functools import partial
 import pytest, torch, torchvision
 from torch import nn
@@ -6,6 +7,7 @@ from fastai.vision.all import Learner, SGD, Adam, OptimWrapper
 from adverfine.acceleration import *
 from adverfine.adversarial import *
 from adverfine.attacks import *
+from adverfine.checkpoint import *
 from adverfine.cost import *
 from adverfine.data import *
 from adverfine.models import *
@@ -139,11 +141,124 @@ def test_macs_are_what_was_asked_for(name, kw):
     assert net(x).shape==(2, 10)
     net(x).sum().backward()
 
-def test_a_transformer_keeps_its_stream_and_loses_of_its_mlps():
+def test_a_transformer_keeps_its_stream_and_loses_of_its_mlps_and_heads():
     net = torchvision.models.VisionTransformer(32, 8, 2, 4, 48, 96, num_classes=10)
     prune(net, .5, _pictures(32))
     assert [m.out_features for n,m in net.named_modules() if isinstance(m, nn.Linear) and '.mlp' in n]==[48, 48]*2
+    assert [o.self_attention.num_heads for o in net.encoder.layers]==[2, 2]
     assert net(_pictures(32)).shape==(2, 10)
+
+def _vit(**kw): return torchvision.models.VisionTransformer(8, 4, 2, 4, 32, 48, num_classes=10, **kw)
+
+class TimmAttention(nn.Module):
+    "Attention as timm writes it: reshapes by its own number of heads"
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.num_heads,self.head_dim,self.attn_dim = heads,dim//heads,dim
+        self.qkv,self.proj = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)
+    def forward(self, x):
+        q,k,v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], self.attn_dim))
+
+class Attends(nn.Module):
+    "Attention over the rows of an image"
+    def __init__(self, attn): super().__init__(); self.attn,self.head = attn,nn.Linear(32, 10)
+    def forward(self, x):
+        x = x.flatten(1, 2)
+        out = self.attn(x) if isinstance(self.attn, TimmAttention) else self.attn(x, x, x, need_weights=False)[0]
+        return self.head((x+out).mean(1))
+
+@pytest.mark.parametrize('attn', [lambda: TimmAttention(32, 4), lambda: nn.MultiheadAttention(32, 4, batch_first=True), lambda: nn.MultiheadAttention(32, 4, bias=False, batch_first=True)])
+def test_heads_that_go_are_as_if_silenced(attn):
+    torch.manual_seed(0)
+    net,x = Attends(attn()).eval(),torch.rand(3, 1, 5, 32)
+    whole = copy.deepcopy(net)
+    prune(net, .5, x)
+    assert net.attn.num_heads==2
+    silenced = getattr(whole.attn, 'proj', None) or whole.attn.out_proj
+    old,new = (next(p for n,p in m.named_parameters() if n in ('attn.qkv.weight', 'attn.in_proj_weight', 'attn.in_proj.weight'))[:32] for m in (whole, net))
+    kept = [i for i in range(4) if any(torch.equal(old[8*i:8*i+8], new[8*j:8*j+8]) for j in range(2))]
+    assert len(kept)==2
+    with torch.no_grad(): silenced.weight.view(32, 4, 8)[:,[i for i in range(4) if i not in kept]] = 0
+    assert torch.allclose(net(x), whole(x), atol=1e-6)
+
+def test_one_head_stays():
+    net,x = Attends(TimmAttention(32, 4)),torch.rand(3, 1, 5, 32)
+    prune(net, .9, x)
+    assert net.attn.num_heads==1 and net(x).shape==(3, 10)
+
+@pytest.mark.parametrize('criterion', ['l1', 'l2', 'bn', 'random', 'taylor'])
+@pytest.mark.parametrize('scope', ['uniform', 'global'])
+def test_every_criterion_ranks_heads(criterion, scope):
+    learn = _learner(net=nn.Sequential(nn.Conv2d(1, 3, 1), _vit()))
+    learn.prune(.5, criterion=criterion, scope=scope)
+    assert learn.model(torch.rand(2, 1, 8, 8)).shape==(2, 10)
+
+def test_a_transformer_goes_through_everything(tmp_path):
+    "Trained, pruned, quantized, trained again with its momentum, saved, loaded"
+    factory = lambda: nn.Sequential(nn.Conv2d(1, 3, 1), _vit())
+    learn = _learner(net=factory())
+    _fit(learn, 1, 1e-3)
+    attn = learn.model[1].encoder.layers[0].self_attention
+    before,momentum = attn.in_proj_weight.detach().clone(),learn.opt.state[attn.in_proj_weight]['grad_avg']
+    learn.prune(.5)
+    weight = attn.in_proj.weight
+    rows = [next(i for i,w in enumerate(before) if torch.equal(w, new)) for new in weight]
+    assert len(rows)==48 and torch.equal(learn.opt.state[weight]['grad_avg'], momentum[rows])
+    learn.quantize(8)
+    assert isinstance(attn.in_proj, QuantLinear) and isinstance(attn.out_proj, QuantLinear)
+    _check_optimizer(learn)
+    learn.save_compressed(tmp_path, factory=factory)
+    x = torch.rand(4, 1, 8, 8)
+    with torch.no_grad(): assert torch.equal(load_compressed(tmp_path, factory)(x), learn.model.eval()(x))
+
+def test_a_refused_transformer_keeps_its_attention():
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.vit = _vit()
+        def forward(self, x): return self.vit(x)[:,torch.arange(10)] if self.vit.encoder.layers[0].mlp[0].out_features==48 else 1/0
+    net,x = Odd().eval(),torch.rand(2, 3, 8, 8)
+    names,before = list(net.state_dict()),net(x)
+    with pytest.raises(ValueError): prune(net, .5, x)
+    with pytest.raises(ValueError, match='NaN or infinite'): quantize(net, 8, [x, x/0])
+    assert list(net.state_dict())==names and torch.equal(net(x), before)
+
+@pytest.mark.parametrize('kw', [dict(batch_first=True), dict(), dict(bias=False), dict(dropout=.5)])
+@pytest.mark.parametrize('shape', [(3, 5, 32), (5, 32)])
+def test_open_attention_is_the_same_function(kw, shape):
+    torch.manual_seed(0)
+    closed = nn.MultiheadAttention(32, 4, **kw).eval()
+    x = torch.randn(shape)
+    n,l = (shape[0], shape[1]) if kw.get('batch_first') else (shape[1], shape[0])
+    if len(shape)==2: n,l = None,shape[0]
+    attn = copy.deepcopy(closed)
+    SelfAttention.open(attn)
+    float_mask,bool_mask = torch.randn(l, l),torch.ones(l, l).triu(1).bool()
+    per_head = torch.randn(4*(n or 1), l, l)
+    padding = torch.zeros(*([n] if n else []), l).bool()
+    padding[...,-1] = True
+    for masks in {}, dict(attn_mask=float_mask), dict(attn_mask=bool_mask), dict(attn_mask=per_head), dict(key_padding_mask=padding), dict(attn_mask=bool_mask, key_padding_mask=padding):
+        for weights in dict(need_weights=False), dict(need_weights=True), dict(need_weights=True, average_attn_weights=False):
+            (a,wa),(b,wb) = (m(x, x, x, **masks, **weights) for m in (closed, attn))
+            assert torch.allclose(a, b, atol=1e-6), (masks, weights)
+            assert (wa is None and wb is None) or torch.allclose(wa, wb, atol=1e-6)
+    attn.close()
+    assert type(attn) is nn.MultiheadAttention and list(attn.state_dict())==list(closed.state_dict()) and torch.equal(attn(x, x, x)[0], closed(x, x, x)[0])
+
+def test_attention_to_something_else_stays_closed():
+    class Cross(nn.Module):
+        def __init__(self): super().__init__(); self.attn,self.head = nn.MultiheadAttention(32, 4, batch_first=True),nn.Linear(32, 10)
+        def forward(self, x): x = x.flatten(1, 2); return self.head(self.attn(x[:,:2], x, x)[0].mean(1))
+    net,x = Cross(),torch.rand(3, 1, 5, 32)
+    quantize(net, 8, [x])
+    assert type(net.attn) is nn.MultiheadAttention and isinstance(net.head, QuantLinear)
+
+def test_a_quantized_transformer_layer_takes_no_short_cut():
+    "PyTorch's fused kernel would read the weights past their quantizers"
+    torch.manual_seed(0)
+    net,x = nn.Sequential(nn.Flatten(1, 2), nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2), nn.Linear(32, 10)).eval(),torch.rand(3, 1, 5, 32)
+    quantize(net, 2, [x])
+    slow = net(x)
+    with torch.no_grad(): assert torch.allclose(net(x), slow, atol=1e-6)
 
 def test_global_pruning_keeps_its_floor():
     torch.manual_seed(0)

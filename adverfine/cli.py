@@ -10,7 +10,7 @@ __all__ = ['main']
 # %% ../nbs/20_cli.ipynb #030f9b69
 import argparse, sys
 
-# %% ../nbs/20_cli.ipynb #1df1a9a0
+# %% ../nbs/20_cli.ipynb #a3cef8c8
 _study_options = dict(
     out=(str, None, 'output folder; default: studies/NAME'),
     levels=(float, '*', 'shares of channels to prune, such as 0.5 0.9'),
@@ -61,6 +61,7 @@ def _parser():
     evaluate.add_argument('--norm', default='linf', help='linf or l2')
     evaluate.add_argument('--n', type=int, help='only so many test images, drawn at random')
     evaluate.add_argument('--seed', type=int, default=0, help="of that draw and of the attacks' random starts")
+    evaluate.add_argument('--onnx', metavar='FILE', help='score on this file instead, which adverfine export has made of the network: attacked through the network, and by square itself')
     evaluate.add_argument('--thorough', action='store_true', help='run all guards, on all images')
     evaluate.add_argument('--path', help='folder of the data set')
     evaluate.add_argument('--json', action='store_true', help='print JSON')
@@ -93,7 +94,7 @@ def _parser():
     bench.add_argument('--json', action='store_true', help='print JSON')
     return parser
 
-# %% ../nbs/20_cli.ipynb #db3453ca
+# %% ../nbs/20_cli.ipynb #498a2337
 def _study(args):
     from adverfine.study import Study
     from adverfine.report import accuracy_table, write_report
@@ -113,7 +114,7 @@ def _evaluate(args):
     if unknown := [o for o in args.attack if o not in _attacks]: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
     from fastai.learner import Learner
     from torch.nn import CrossEntropyLoss
-    from adverfine import attacks, autoattack, checkpoint, evaluation, report
+    from adverfine import attacks, autoattack, checkpoint, deployment, report
     make = _data(args)
     kinds = [(getattr(autoattack, kind, None) or getattr(attacks, kind), kw) for kind,kw in map(_attacks.get, args.attack)]
     chosen = [kind(args.eps, norm=args.norm, **kw) for kind,kw in kinds]
@@ -122,7 +123,8 @@ def _evaluate(args):
     shape = tuple(dls.valid.one_batch()[0].shape[1:])
     if shape!=made_for: raise ValueError(f"{args.model} is for images of shape {made_for}, and those of {args.data} have {shape}: name the data set that it was trained on")
     learn = Learner(dls, model, loss_func=CrossEntropyLoss())
-    result = learn.robustness(chosen, n=args.n, seed=args.seed, thorough=args.thorough, progress=sys.stderr.isatty())
+    deployed = deployment.OnnxNetwork(args.onnx) if args.onnx else None
+    result = learn.robustness(chosen, n=args.n, deployed=deployed, seed=args.seed, thorough=args.thorough, progress=sys.stderr.isatty())
     if args.html: checkpoint.write_atomic(args.html, report.robustness_page(result, args.model))
     print(result.to_json() if args.json else result)
 

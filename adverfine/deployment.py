@@ -189,7 +189,7 @@ def export_onnx(self:Learner,
     "Write the network as ONNX, integers if it is quantized, once ONNX Runtime has put `n` images into the same classes"
     return write_onnx(pixel_space(self.dls).wrap(bare(self.model)), path, _images(self, n))
 
-# %% ../nbs/15_deployment.ipynb #571f85bc
+# %% ../nbs/15_deployment.ipynb #85e0388d
 def lower(
     model:nn.Module, # A twin: a network after `quantize`
     x:Tensor, # Images as it wants them (N,C,H,W), to trace and to verify it with

@@ -234,7 +234,7 @@ def _curve(case, right, n=128):
             curve[eps] = len(x)/total
     return curve
 
-# %% ../nbs/12_evaluation.ipynb #f4638fb1
+# %% ../nbs/12_evaluation.ipynb #0e46e850
 @patch
 def robustness(self:Learner,
     attacks, # One `Attack` or several, all under one threat model
@@ -242,11 +242,16 @@ def robustness(self:Learner,
     dl=None, # DataLoader to take them from; default: the test set if there is one, else valid
     seed:int=0, # Of that draw and of the attacks' random starts
     parent=None, # The network before compression, for batches as this Learner's, for a guard
+    deployed=None, # What was shipped instead of this Learner's network, such as an `OnnxNetwork`: from pixels to logits
     **kwargs, # `thorough`, `bs`, `bf16`, `twin` and `progress` of `evaluate`
 ) -> RobustnessReport:
-    "Clean and robust accuracy of this Learner's network: right clean and under every attack"
+    "Clean and robust accuracy of this Learner's network: right clean and under every attack; or that of `deployed`, attacked through this network and by `Square`"
     if dl is None: dl = self.dls[min(2, len(self.dls.loaders)-1)]
     attacks,(x,y),space = _in_order(attacks),pixels(dl),pixel_space(dl)
     if n is not None and not 1<=n<=len(x): raise ValueError(f"n={n}: there are {len(x)} images")
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
-    return evaluate(space.wrap(self.model), x[some], y[some], attacks, seed=seed, parent=parent and space.wrap(parent), vocab=getattr(self.dls, 'vocab', None), **kwargs)
+    model = space.wrap(self.model)
+    if deployed is not None:
+        if not any(isinstance(p, Square) for a in attacks for p in a.parts): attacks = _in_order([*attacks, Square(attacks[0].eps, norm=attacks[0].norm)])
+        model,kwargs = deployed,dict(twin=model, **kwargs)
+    return evaluate(model, x[some], y[some], attacks, seed=seed, parent=parent and space.wrap(parent), vocab=getattr(self.dls, 'vocab', None), **kwargs)

@@ -121,6 +121,15 @@ def test_robustness_of_the_artifact_crafts_on_the_twin(learn):
     mine = evaluate(twin, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], progress=False)
     assert abs(report.clean-mine.clean)<=1/64 and abs(report.robust-mine.robust)<=3/64 and set(report.left)==set(mine.left)
 
+def test_robustness_of_what_is_deployed_is_that_of_the_artifact(learn):
+    "A deployed network that is right for no image has no accuracy, whatever its twin says; Square is added where no attack asks the artifact alone"
+    never = lambda x: -learn.model(x).detach()
+    assert learn.robustness(PGD(.1, steps=2), n=20, deployed=never, progress=False).clean<.2
+    right = lambda x: pixel_space(learn.dls).wrap(learn.model)(x).detach()
+    report = learn.robustness(PGD(.1, steps=2), n=8, deployed=right, progress=False)
+    assert list(report.left)==['PGD-2', 'Square']
+    assert list(learn.robustness([PGD(.1, steps=2), Square(.1, queries=5)], n=8, deployed=right, progress=False).left)==['PGD-2', 'Square']
+
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith('AVX'), reason='integer kernels of x86')
 def test_lowered_to_integer_kernels():
     pytest.importorskip('torchao')

@@ -27,7 +27,7 @@ from .models import *
 from .cost import *
 from .attacks import *
 
-# %% ../nbs/06_pruning.ipynb #1445d305
+# %% ../nbs/06_pruning.ipynb #698f727d
 def _layers(model, x):
     "The convolutions and linear layers of `model`, in the order in which they run on `x`"
     ran,hooks = [],[]
@@ -107,6 +107,19 @@ def _cut_heads(m, gone):
     tp.prune_linear_in_channels(out, of(0))
     set_heads(m, m.num_heads-len(gone))
 
+def _tied_to(graph, root, layers):
+    "Whether the outputs of `root` may be tied to those of one of `layers`, modules or parameters"
+    start = graph.module2node[root],graph.get_pruner_of_module(root).prune_out_channels
+    seen,todo = {start},[start]
+    while todo:
+        node,fn = todo.pop()
+        for dep in node.dependencies:
+            to = dep.target,dep.handler
+            if not dep.is_triggered_by(fn) or to in seen: continue
+            if dep.target.module in layers and (isinstance(dep.target.module, nn.Parameter) or graph.is_out_channel_pruning_fn(dep.handler)): return True
+            seen.add(to); todo.append(to)
+    return False
+
 def _trace(model, x):
     "The dependencies of `model` by torch-pruning, and its groups"
     layers = _layers(model, x)
@@ -116,6 +129,7 @@ def _trace(model, x):
     names,groups = {m: n for n,m in model.named_modules()},[]
     attentions = [m for m in model.modules() if isinstance(getattr(m, 'num_heads', None), int)]
     fixed = [layers[-1], *attentions, *(o for m in attentions for o in m.children() if isinstance(o, nn.Linear))]
+    if attentions: fixed += [m for m in layers if m not in fixed and _tied_to(graph, m, {*fixed, *(p for m in attentions for p in m.parameters())})]   # nothing to see there, and following a long stream through windows and shifts takes for ever
     for g in graph.get_all_groups(ignored_layers=fixed, root_module_types=[nn.modules.conv._ConvNd, nn.Linear]):
         root,copies,members = g[0].dep.target.module,1,[]
         for dep,_ in g:

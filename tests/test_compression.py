@@ -182,6 +182,11 @@ def test_heads_that_go_are_as_if_silenced(attn):
     with torch.no_grad(): silenced.weight.view(32, 4, 8)[:,[i for i in range(4) if i not in kept]] = 0
     assert torch.allclose(net(x), whole(x), atol=1e-6)
 
+def test_attention_over_shifted_windows_keeps_its_stream():
+    net,x = torchvision.models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [2, 2], num_classes=10),_pictures(32)
+    prune(net, .5, x)
+    assert [m.out_features for n,m in net.named_modules() if n.endswith('mlp.0')]==[32, 32, 64, 64] and net(x).shape==(2, 10)
+
 def test_one_head_stays():
     net,x = Attends(TimmAttention(32, 4)),torch.rand(3, 1, 5, 32)
     prune(net, .9, x)

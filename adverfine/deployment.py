@@ -24,7 +24,7 @@ from .models import *
 from .quantization import *
 from .checkpoint import *
 
-# %% ../nbs/15_deployment.ipynb #4403729b
+# %% ../nbs/15_deployment.ipynb #449d0f48
 _q = torch.ops.quantized_decomposed
 
 class _Grid:
@@ -60,9 +60,10 @@ class _Integer(nn.Module):
         self.x_grid,self.y_grid = _Grid(x),_Grid(norm.y_quant) if hasattr(norm, 'y_quant') else None
 
     def forward(self, x):
-        out = self.multiply(self.x_grid(x), self.weight())
+        out = self.multiply(self.x_grid(x), self.weight)
         return out if self.y_grid is None else self.y_grid(out)
 
+    @property
     def weight(self): return _q.dequantize_per_channel(self.codes, self.step, self.zero, 0, -127, 127, torch.int8)
 
 class IntegerConv2d(_Integer):
@@ -128,7 +129,7 @@ def _images(learn, n=1000):
     found = pixels(learn.dls.valid)[0][:n]
     return torch.cat([found, pixels(learn.dls.train)[0][:n-len(found)]]) if len(found)<n else found
 
-# %% ../nbs/15_deployment.ipynb #5811b69f
+# %% ../nbs/15_deployment.ipynb #3eff757c
 def _need(*packages, extra='onnx'):
     missing = [o for o in packages if not find_spec(o)]
     if missing: raise ImportError(f"{', '.join(missing)} {'is' if len(missing)==1 else 'are'} not installed: pip install 'adverfine[{extra}]'")
@@ -156,8 +157,10 @@ def to_onnx(
     _need('onnx', 'onnxscript')
     twin = any(type(m) in _integer for m in model.modules())
     network = integer_network(model) if twin else copy.deepcopy(bare(model)).to('cpu', memory_format=torch.contiguous_format).eval()
-    with redirect_stdout(io.StringIO()):
-        program = torch.onnx.export(network, (torch.zeros(2, *shape),), dynamo=True, verbose=False, input_names=['pixels'], output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('images', min=1)},))
+    try:
+        with redirect_stdout(io.StringIO()):
+            program = torch.onnx.export(network, (torch.zeros(2, *shape),), dynamo=True, verbose=False, input_names=['pixels'], output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('images', min=1)},))
+    except torch.onnx.OnnxExporterError as e: raise ValueError(f"PyTorch cannot export {type(bare(model)).__name__} ({type(e.__cause__).__name__}: {e.__cause__}): its forward has to be as torch.export wants it") from e
     return _bare_proto(program.model_proto).SerializeToString()
 
 def _bare_proto(proto):

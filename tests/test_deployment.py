@@ -107,6 +107,22 @@ def test_an_artifact_that_decides_otherwise_is_not_written(learn, tmp_path, monk
     with pytest.raises(ValueError, match='99.5% are needed: nothing was written'): learn.export_onnx(file)
     assert file.read_bytes()==b'old' and list(tmp_path.iterdir())==[file]
 
+def test_networks_that_read_their_own_weights_are_exported():
+    pytest.importorskip('onnxruntime')
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.conv,self.head = nn.Conv2d(1, 4, 3),nn.Linear(4, 10)
+        def forward(self, x): return self.head(self.conv(x.to(self.conv.weight.dtype)).mean((2, 3)))
+    net,x = Reads(),torch.rand(8, 1, 8, 8)
+    quantize(net, 8, [x])
+    assert (OnnxNetwork(to_onnx(net, (1, 8, 8)))(x)-net(x)).norm()<.02*net(x).norm()
+
+def test_a_network_that_cannot_be_exported_says_why():
+    pytest.importorskip('onnxscript')
+    class Asks(nn.Module):
+        def __init__(self): super().__init__(); self.head = nn.Linear(64, 10)
+        def forward(self, x): return self.head(x.flatten(1)) if x.mean()>0 else x.flatten(1)[:,:10]
+    with pytest.raises(ValueError, match=r'PyTorch cannot export Asks \(.*data-dependent'): to_onnx(Asks(), (1, 8, 8))
+
 def test_missing_packages_are_named(learn, tmp_path, monkeypatch):
     monkeypatch.setattr(deployment, 'find_spec', lambda o: None)
     with pytest.raises(ImportError, match=r"pip install 'adverfine\[onnx\]'"): learn.export_onnx(tmp_path/'net.onnx')

@@ -109,24 +109,26 @@ def autoattack_race(
     return dict(images=n, eps=eps, clean=clean/n, robust=last['robust'], robust_torchattacks=last['robust_torchattacks'], seconds=round(sum(seconds[0]), 1), seconds_torchattacks=round(sum(seconds[1]), 1),
                 ratio=round(sum(seconds[0])/sum(seconds[1]), 3), ratios=[round(a/b, 3) for a,b in zip(*seconds)], bf16=ours.bf16, threads=torch.get_num_threads(), parts=list(rows.values()))
 
-# %% ../nbs/18_bench.ipynb #486e074f
+# %% ../nbs/18_bench.ipynb #32fd1aad
 _kinds = ('dense float32', 'dense bfloat16', 'pruned', 'int8', 'pruned int8')
 
-def _eager(kind, model, x):
-    if 'int8' in kind: return lower(model, x, least=.8) if find_spec('torchao') else None  # weights are random here, and classes close
+def _lowered(model, x, sizes): return lower(model, x, sizes, least=.8) if find_spec('torchao') else None  # weights are random here, and classes close
+
+def _eager(kind, model, x, n):
+    if 'int8' in kind: return _lowered(model, x, ())
     if 'bfloat16' not in kind: return model
     model = deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)
     return lambda x: model(x.to(torch.bfloat16, memory_format=torch.channels_last)).float()
 
-def _inductor(kind, model, x):
-    if 'int8' in kind: return None
+def _inductor(kind, model, x, n):
     torch._dynamo.reset()
+    if 'int8' in kind: return _lowered(model, x, (n,))
     compiled = torch.compile(deepcopy(model).to(torch.bfloat16) if 'bfloat16' in kind else model, dynamic=False, options=dict(freezing=True))
     return (lambda x: compiled(x.to(torch.bfloat16)).float()) if 'bfloat16' in kind else compiled
 
-def _onnxruntime(kind, model, x): return None if 'bfloat16' in kind else OnnxNetwork(to_onnx(model, x.shape[1:]))
+def _onnxruntime(kind, model, x, n): return None if 'bfloat16' in kind else OnnxNetwork(to_onnx(model, x.shape[1:]))
 
-def _openvino(kind, model, x):
+def _openvino(kind, model, x, n):
     import openvino
     core = openvino.Core()
     settings = dict(INFERENCE_NUM_THREADS=torch.get_num_threads(), INFERENCE_PRECISION_HINT='bf16' if 'bfloat16' in kind else 'f32')
@@ -154,7 +156,7 @@ def inference_race(
     rounds:int=5, # Turns of five calls that each takes; the median counts
 ) -> dict: # A row for each network, engine, batch and kind: milliseconds, and how many times faster than dense float32 in the same engine
     "Dense, pruned and quantized networks in one engine after another"
-    missing,rows = [f'{e} (pip install {m})' for e,m in [*((e, m) for e,(_,m) in _engines.items()), ('int8 in eager', 'torchao')] if not find_spec(m)],[]
+    missing,rows = [f'{e} (pip install {m})' for e,m in [*((e, m) for e,(_,m) in _engines.items()), ('int8 in eager and Inductor', 'torchao')] if not find_spec(m)],[]
     names = [o for o in engines or _engines if find_spec(_engines[o][1])]
     sizes = {}
     for network,engine in tqdm([(n, e) for n in networks for e in names], desc='engines', delay=60):
@@ -163,7 +165,7 @@ def inference_race(
         models = _five(network, x)
         if find_spec('onnxscript') and network not in sizes: sizes[network] = {k: len(to_onnx(models[k], shape)) for k in ('dense float32', 'pruned int8')}
         for n in batches:
-            try: runs = {k: run for k,m in models.items() if (run := _engines[engine][0](k, m, x)) is not None and _clocked(run, x[:n])}
+            try: runs = {k: run for k,m in models.items() if (run := _engines[engine][0](k, m, x, n)) is not None and _clocked(run, x[:n])}
             except Exception as e: missing.append(f"{engine}, {network} ({type(e).__name__}: {' '.join(str(e).split()[:12])})"); break
             took = {k: [] for k in runs}
             for _ in range(rounds):

@@ -6,16 +6,17 @@ Docs: https://adverfine.github.io/adverfine/deployment.html.md"""
 
 # %% auto #0
 __all__ = ['IntegerConv2d', 'IntegerLinear', 'integer_network', 'check_agreement', 'OnnxNetwork', 'to_onnx', 'write_onnx',
-           'lower']
+           'Lowered', 'lower']
 
-# %% ../nbs/15_deployment.ipynb #a07e94e3
-import copy, io
+# %% ../nbs/15_deployment.ipynb #e5d2d2ce
+import copy, io, warnings
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from tqdm.auto import tqdm
 from fastcore.basics import patch
 from fastai.learner import Learner
 from .threat import *
@@ -192,29 +193,63 @@ def export_onnx(self:Learner,
     "Write the network as ONNX, integers if it is quantized, once ONNX Runtime has put `n` images into the same classes"
     return write_onnx(pixel_space(self.dls).wrap(bare(self.model)), path, _images(self, n))
 
-# %% ../nbs/15_deployment.ipynb #85e0388d
-def lower(
-    model:nn.Module, # A twin: a network after `quantize`
-    x:Tensor, # Images as it wants them (N,C,H,W), to trace and to verify it with
-    least:float=.995, # Share of them that both have to put into the same class
-) -> nn.Module: # From images to logits, by integer kernels on an x86 processor; it has no gradients
-    "The network by PyTorch's integer kernels, once it has put the images `x` into the same classes"
-    _need('torchao', extra='int8')
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # registers the passes
+# %% ../nbs/15_deployment.ipynb #f00532f6
+class Lowered(nn.Module):
+    "A network by integer kernels, for any number of images (N,C,H,W); it has no gradients"
+    def __init__(self,
+        graph:nn.Module, # Kernel by kernel
+        compiled:dict, # number of images -> a program for just as many
+    ):
+        super().__init__()
+        self.graph,self.compiled = graph,compiled
+    def forward(self, x):
+        x = x.detach().as_subclass(Tensor).contiguous()
+        with torch.no_grad(): return self.compiled.get(len(x), self.graph)(x)
+
+def _kernels(network, x):
+    "`network` as a graph of integer kernels"
     from torch._inductor.constant_folding import constant_fold
     from torch._inductor.fx_passes.freezing_patterns import freezing_passes
-    network,x = integer_network(model),x.detach().as_subclass(Tensor).cpu()
     keep = torch.export.default_decompositions()
     for k in [o for o in keep if not torch._export.utils._is_cia_op(o)]: del keep[k]
     with torch.no_grad():
-        example = x[:2] if len(x)>1 else torch.cat([x, x])
-        lowered = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim('images', min=1)},)).run_decompositions(keep).module()
-        for node in lowered.graph.nodes:
+        graph = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim('images', min=1)},)).run_decompositions(keep).module()
+        for node in graph.graph.nodes:
             if node.target==torch.ops.aten.view.default: node.target = torch.ops.aten.reshape.default
             if node.target==torch.ops.aten.t.default: node.target,node.args = torch.ops.aten.permute.default,(node.args[0], [1, 0])
-        lowered.recompile()
-        freezing_passes(lowered, (example,))
-        constant_fold(lowered)
-        device = next(model.parameters()).device
-        check_agreement(lowered, lambda o: model(o.to(device)).cpu(), x, least)
-    return lowered
+        graph.recompile()
+        freezing_passes(graph, (x,))
+        constant_fold(graph)
+    return graph
+
+def _programs(network, x, sizes):
+    "`network` compiled for each of `sizes`; for none where that does not work"
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+    made = {}
+    try:
+        with inductor.patch(freezing=True), dynamo.patch(recompile_limit=256), torch.no_grad():
+            for n in tqdm(sizes, desc='compiling', leave=False, delay=3):
+                made[n] = torch.compile(network, dynamic=False, fullgraph=True)
+                made[n](x[torch.arange(n)%len(x)])
+    except Exception as e:
+        warnings.warn(f"torch.compile does not work here ({type(e).__name__}: {' '.join(str(e).split()[:12])}): the network runs kernel by kernel")
+        return {}
+    return made
+
+def lower(
+    model:nn.Module, # A twin: a network after `quantize`
+    x:Tensor, # Images as it wants them (N,C,H,W), to trace and to verify it with
+    sizes:tuple=(1, 64), # Numbers of images to compile for, some seconds each
+    least:float=.995, # Share of them that both have to put into the same class
+) -> Lowered: # From images to logits, by integer kernels on an x86 processor
+    "The network by PyTorch's integer kernels, once it has put the images `x` into the same classes"
+    _need('torchao', extra='int8')
+    if odd := [n for n in sizes if isinstance(n, bool) or not isinstance(n, int) or n<1]: raise ValueError(f"sizes={sizes}: {odd[0]!r} is not a number of images")
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # registers the patterns that become integer kernels
+    network,x = integer_network(model),x.detach().as_subclass(Tensor).cpu().contiguous()
+    programs,graph = _programs(network, x, sizes),_kernels(network, x[torch.arange(2)%len(x)])
+    device = next(model.parameters()).device
+    for n,run in (64, graph),*programs.items():
+        check_agreement(run, lambda o: model(o.to(device)).cpu(), x[torch.arange(max(1, len(x)//n)*n)%len(x)], least, bs=n)
+    return Lowered(graph, programs)

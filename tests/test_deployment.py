@@ -155,10 +155,32 @@ def test_lowered_to_integer_kernels():
     for _ in range(3): net(x)
     prune(net, .5, x[:2])
     quantize(net.eval(), 8, [x])
-    fast = lower(net, x, least=.9)
-    kernels = [str(n.target) for n in fast.graph.nodes if n.op=='call_function']
+    fast = lower(net, x, sizes=(), least=.9)
+    kernels = [str(n.target) for n in fast.graph.graph.nodes if n.op=='call_function']
     assert sum('qconv' in o for o in kernels)==20 and not any('aten.conv' in o for o in kernels)
     for n in (1, 5): assert fast(x[:n]).shape==(n, 10)
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith('AVX'), reason='integer kernels of x86')
+def test_lowered_and_compiled(learn, monkeypatch):
+    "Compiled for the sizes that were asked for, with integer kernels; whatever memory format, grad mode or subclass the images have"
+    pytest.importorskip('torchao')
+    from torch._inductor.utils import run_and_get_code
+    twin,x = learn.model.eval(),learn.dls.valid.one_batch()[0][:10]
+    fast,code = run_and_get_code(lambda: lower(twin, x, sizes=(3,)))
+    assert list(fast.compiled)==[3] and 'qconv' in ''.join(code) and 'qlinear' in ''.join(code)
+    monkeypatch.setattr(fast, 'graph', None)
+    before = torch._dynamo.utils.counters['stats']['unique_graphs']
+    for images in x[:3], x[3:6].contiguous(memory_format=torch.channels_last), x[:3].clone().requires_grad_(): assert (fast(images).argmax(1)==twin(images).argmax(1)).all()
+    assert torch._dynamo.utils.counters['stats']['unique_graphs']==before
+
+def test_without_a_compiler_the_kernels_run_one_by_one(learn, monkeypatch):
+    pytest.importorskip('torchao')
+    def no_compiler(*args, **kw): raise RuntimeError('no C++ compiler found')
+    monkeypatch.setattr(torch, 'compile', no_compiler)
+    x = learn.dls.valid.one_batch()[0][:10]
+    with pytest.warns(UserWarning, match='no C\\+\\+ compiler found'): fast = lower(learn.model, x, sizes=(3,), least=.9)
+    assert not fast.compiled and fast(x[:3]).shape==(3, 10)
+    with pytest.raises(ValueError, match='0 is not a number of images'): lower(learn.model, x, sizes=(0,))
 
 def test_sums_are_saved_and_loaded(tmp_path):
     torch.manual_seed(0)

@@ -109,7 +109,7 @@ def autoattack_race(
     return dict(images=n, eps=eps, clean=clean/n, robust=last['robust'], robust_torchattacks=last['robust_torchattacks'], seconds=round(sum(seconds[0]), 1), seconds_torchattacks=round(sum(seconds[1]), 1),
                 ratio=round(sum(seconds[0])/sum(seconds[1]), 3), ratios=[round(a/b, 3) for a,b in zip(*seconds)], bf16=ours.bf16, threads=torch.get_num_threads(), parts=list(rows.values()))
 
-# %% ../nbs/18_bench.ipynb #32fd1aad
+# %% ../nbs/18_bench.ipynb #949a6263
 _kinds = ('dense float32', 'dense bfloat16', 'pruned', 'int8', 'pruned int8')
 
 def _lowered(model, x, sizes): return lower(model, x, sizes, least=.8) if find_spec('torchao') else None  # weights are random here, and classes close
@@ -146,7 +146,7 @@ def _five(network, x):
         for _ in range(4): dense(torch.rand_like(x))
         pruned = prune(deepcopy(dense), .5, x[:2])
         twins = [deepcopy(o) for o in (dense, pruned)]
-        for o in twins: quantize(o, 8, [x], sums=8)
+        for o in twins: quantize(o, 8, [x])
     return dict(zip(_kinds, (o.eval() for o in (dense, dense, pruned, *twins))))
 
 def inference_race(

@@ -25,7 +25,7 @@ from .models import *
 from .quantization import *
 from .checkpoint import *
 
-# %% ../nbs/15_deployment.ipynb #449d0f48
+# %% ../nbs/15_deployment.ipynb #3abb998a
 _q = torch.ops.quantized_decomposed
 
 class _Grid:
@@ -106,6 +106,8 @@ def integer_network(
     twins = {n: m for n,m in model.named_modules() if type(m) in _integer}
     if not twins: raise ValueError(f"{type(model).__name__} has no quantized layers: call quantize first")
     norms = _norms(model)
+    for n in norms.values():
+        if (q := getattr(model.get_submodule(n), 'y_quant', None)) and q.bits>8: raise ValueError(f"layer '{n}' rounds to {q.bits} bits, and integer kernels have 8 at most: quantize with sums=8")
     for n,m in twins.items():
         _check_integer(n, m)
         model.set_submodule(n, _integer[type(m)](m, model.get_submodule(norms[n]) if n in norms else None))

@@ -8,8 +8,8 @@ Docs: https://adverfine.github.io/adverfine/quantization.html.md"""
 __all__ = ['offered_bits', 'calibrations', 'check_bits', 'Quantizer', 'minmax_step', 'percentile_step', 'best_step',
            'QuantConv2d', 'QuantLinear', 'QuantBatchNorm2d', 'traced', 'quantize']
 
-# %% ../nbs/07_quantization.ipynb #76c60067
-import operator
+# %% ../nbs/07_quantization.ipynb #6e58cfd6
+import copy, operator
 from fnmatch import fnmatchcase
 import torch, torch.nn.functional as F
 from torch import fx, nn, Tensor
@@ -127,7 +127,7 @@ def best_step(
 
 calibrations = dict(mse=best_step, percentile=percentile_step, minmax=minmax_step)
 
-# %% ../nbs/07_quantization.ipynb #a5546b3d
+# %% ../nbs/07_quantization.ipynb #aa7137c1
 class _QuantLayer:
     "What the quantized layers have in common"
     def storage_bytes(self):
@@ -144,7 +144,9 @@ class QuantLinear(_QuantLayer, nn.Linear):
 
 class QuantBatchNorm2d(nn.BatchNorm2d):
     "A BatchNorm whose output, a term of a sum, is rounded by `y_quant`"
-    def forward(self, x): return self.y_quant(super().forward(x))
+    def forward(self, x):
+        out = self.y_quant(super().forward(x))
+        return out.clone() if out.requires_grad else out    # sums are often taken in place, and the gradient of the step needs what was rounded
 
 _twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _floats = {v: k for k,v in _twins.items()} | {QuantBatchNorm2d: nn.BatchNorm2d}
@@ -156,12 +158,13 @@ def traced(
     model:nn.Module, # A network, perhaps quantized
 ) -> fx.Graph|None: # None if it cannot be traced
     "What calls what in `model`, a quantized layer being one call"
-    try: return _Tracer().trace(model)
+    try: return _Tracer().trace(copy.deepcopy(model))    # networks that keep what they compute would keep symbols
     except Exception: return None
 
 def _terms(model):
     "Each BatchNorm whose output is a term of a sum, and nothing else"
-    graph,modules = traced(model),dict(model.named_modules())
+    modules = dict(model.named_modules())
+    graph = traced(model) if any(isinstance(m, nn.BatchNorm2d) for m in modules.values()) else None
     added = [n for n in graph.nodes if n.op in ('call_function', 'call_method') and n.target in (operator.add, operator.iadd, torch.add, 'add', 'add_')] if graph else []
     return [modules[n.target] for o in added for n in o.all_input_nodes if n.op=='call_module' and isinstance(modules[n.target], nn.BatchNorm2d) and modules[n.target].affine and len(n.users)==1]
 
@@ -211,18 +214,19 @@ def quantize(
     calibration:str='mse', # How steps are found: 'mse', 'percentile' or 'minmax'
     ends:int|tuple=None, # Bits of the first and the last layer, if they should have others
     layers:dict=None, # Bits of single layers: name or pattern, such as 'layer4.*' -> bits
-    sums:int=None, # Bits of what BatchNorms feed into residual additions, such as 8, where torch.fx can trace them; default: floats
+    sums:int|bool=True, # Bits of what BatchNorms feed into residual additions, where torch.fx can trace them; True: as inputs, but 8 at least; False: floats
 ) -> dict: # weight -> the steps that were added beside it, for the optimizer
     "Swap every convolution and linear layer of `model` for its quantized twin, calibrated on `batches`"
     for o in (bits, *([ends] if ends is not None else []), *(layers or {}).values()): check_bits(o)
     if calibration not in calibrations: raise ValueError(f"calibration={calibration!r} is unknown: use one of {', '.join(calibrations)}")
-    if sums is not None: check_bits((sums, sums))
+    sums = max(8, check_bits(bits)[1]) if sums is True else sums
+    if sums is not False: check_bits(sums)
     batches = list(batches)
     if not batches: raise ValueError("there is nothing to calibrate with: give at least one batch of training images")
     with opened(model, batches[0]):
         names = {m: n for n,m in model.named_modules() if isinstance(m, _QuantLayer) or type(m) in _twins}
         if not names: raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
-        terms = _terms(model) if sums is not None else []
+        terms = _terms(model) if sums is not False else []
         samples,ran = _gather(model, names, terms, batches)
         chosen = _bits_of(names, bits, ran, ends, layers)
         find_step = calibrations[calibration]

@@ -342,6 +342,22 @@ def test_twins_of_pruned_networks(name):
     net(x).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
 
+def test_rounded_sums_are_learned():
+    "A residual network adds in place; the steps of its sums have gradients all the same, and rounding is that of the formula"
+    torch.manual_seed(0)
+    net,x = resnet18_cifar(),torch.rand(8, 3, 32, 32)
+    net(x)
+    added = quantize(net, 8, [x])
+    norm = net.layer1[0].bn2
+    assert isinstance(norm, QuantBatchNorm2d) and norm.y_quant.bits==8 and [norm.y_quant.log_gain]==list(added[norm.weight])
+    net(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters()) and norm.y_quant.log_gain.grad!=0
+    out = norm(torch.randn(2, 64, 4, 4))/norm.y_quant.step
+    assert torch.allclose(out, out.round(), atol=1e-3)
+    plain = resnet18_cifar()
+    quantize(plain, 8, [x], sums=False)
+    assert not any(isinstance(m, QuantBatchNorm2d) for m in plain.modules())
+
 def test_calibrations_clip_more_or_less():
     torch.manual_seed(0)
     x,q = torch.cat([torch.randn(1, 4096), torch.tensor([[50.]])], 1),Quantizer(4)

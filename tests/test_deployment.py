@@ -35,7 +35,7 @@ def _net(x, seed=0):
     return net.eval()
 
 @pytest.mark.parametrize('bits', [8, 4, (1, 8), (8, 1), (3, 2), 1])
-@pytest.mark.parametrize('sums', [None, 8, 4])
+@pytest.mark.parametrize('sums', [False, True, 4])
 def test_integers_are_the_twin(bits, sums):
     torch.manual_seed(1)
     x = torch.randn(32, 2, 8, 8)
@@ -62,7 +62,7 @@ def test_a_network_that_cannot_be_traced_keeps_its_norms():
     class Branching(nn.Sequential):
         def forward(self, x): return super().forward(x) if x.sum()>0 else x
     net,x = Branching(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)).eval(),torch.rand(4, 1, 8, 8)
-    quantize(net, 8, [x], sums=8)
+    quantize(net, 8, [x])
     integers = integer_network(net)
     assert isinstance(integers[1], nn.BatchNorm2d)
     torch.testing.assert_close(integers(x), net(x), rtol=1e-2, atol=1e-3)
@@ -72,6 +72,9 @@ def test_refusals():
     with pytest.raises(ValueError, match='call quantize first'): integer_network(net)
     quantize(net, 8, [x], layers={'2': 16})
     with pytest.raises(ValueError, match="layer '2' has 16 bits"): integer_network(net)
+    residual,images = resnet18_cifar().eval(),torch.rand(4, 3, 32, 32)
+    quantize(residual, 16, [images], layers={'*': 8})
+    with pytest.raises(ValueError, match='quantize with sums=8'): integer_network(residual)
     circular = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode='circular'), nn.Flatten(), nn.Linear(256, 10))
     quantize(circular, 8, [x])
     with pytest.raises(ValueError, match="layer '0' pads with 'circular'"): integer_network(circular)
@@ -185,7 +188,7 @@ def test_without_a_compiler_the_kernels_run_one_by_one(learn, monkeypatch):
 def test_sums_are_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     learn = Learner(image_dls((torch.rand(40, 3, 32, 32), torch.arange(40)%10), (torch.rand(8, 3, 32, 32), torch.arange(8)), bs=16), resnet18_cifar())
-    learn.quantize(4, n_batches=1, sums=8)
+    learn.quantize(4, n_batches=1)
     learn.save_compressed(tmp_path)
     x,again = torch.rand(3, 3, 32, 32),load_compressed(tmp_path)
     assert isinstance(again.layer1[0].bn2, QuantBatchNorm2d)

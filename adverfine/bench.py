@@ -109,7 +109,7 @@ def autoattack_race(
     return dict(images=n, eps=eps, clean=clean/n, robust=last['robust'], robust_torchattacks=last['robust_torchattacks'], seconds=round(sum(seconds[0]), 1), seconds_torchattacks=round(sum(seconds[1]), 1),
                 ratio=round(sum(seconds[0])/sum(seconds[1]), 3), ratios=[round(a/b, 3) for a,b in zip(*seconds)], bf16=ours.bf16, threads=torch.get_num_threads(), parts=list(rows.values()))
 
-# %% ../nbs/18_bench.ipynb #949a6263
+# %% ../nbs/18_bench.ipynb #2a3bd831
 _kinds = ('dense float32', 'dense bfloat16', 'pruned', 'int8', 'pruned int8')
 
 def _lowered(model, x, sizes): return lower(model, x, sizes, least=.8) if find_spec('torchao') else None  # weights are random here, and classes close
@@ -121,7 +121,6 @@ def _eager(kind, model, x, n):
     return lambda x: model(x.to(torch.bfloat16, memory_format=torch.channels_last)).float()
 
 def _inductor(kind, model, x, n):
-    torch._dynamo.reset()
     if 'int8' in kind: return _lowered(model, x, (n,))
     compiled = torch.compile(deepcopy(model).to(torch.bfloat16) if 'bfloat16' in kind else model, dynamic=False, options=dict(freezing=True))
     return (lambda x: compiled(x.to(torch.bfloat16)).float()) if 'bfloat16' in kind else compiled
@@ -165,6 +164,7 @@ def inference_race(
         models = _five(network, x)
         if find_spec('onnxscript') and network not in sizes: sizes[network] = {k: len(to_onnx(models[k], shape)) for k in ('dense float32', 'pruned int8')}
         for n in batches:
+            torch._dynamo.reset()
             try: runs = {k: run for k,m in models.items() if (run := _engines[engine][0](k, m, x, n)) is not None and _clocked(run, x[:n])}
             except Exception as e: missing.append(f"{engine}, {network} ({type(e).__name__}: {' '.join(str(e).split()[:12])})"); break
             took = {k: [] for k in runs}

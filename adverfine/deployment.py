@@ -195,7 +195,7 @@ def export_onnx(self:Learner,
     "Write the network as ONNX, integers if it is quantized, once ONNX Runtime has put `n` images into the same classes"
     return write_onnx(pixel_space(self.dls).wrap(bare(self.model)), path, _images(self, n))
 
-# %% ../nbs/15_deployment.ipynb #f00532f6
+# %% ../nbs/15_deployment.ipynb #decabe8b
 class Lowered(nn.Module):
     "A network by integer kernels, for any number of images (N,C,H,W); it has no gradients"
     def __init__(self,
@@ -228,16 +228,22 @@ def _programs(network, x, sizes):
     "`network` compiled for each of `sizes`; for none where that does not work"
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
-    made = {}
     try:
         with inductor.patch(freezing=True), dynamo.patch(recompile_limit=256), torch.no_grad():
-            for n in tqdm(sizes, desc='compiling', leave=False, delay=3):
-                made[n] = torch.compile(network, dynamic=False, fullgraph=True)
-                made[n](x[torch.arange(n)%len(x)])
+            return {n: _program(network, x[torch.arange(n)%len(x)]) for n in tqdm(sizes, desc='compiling', leave=False, delay=3)}
     except Exception as e:
         warnings.warn(f"torch.compile does not work here ({type(e).__name__}: {' '.join(str(e).split()[:12])}): the network runs kernel by kernel")
         return {}
-    return made
+
+def _program(network, x):
+    "What Inductor makes of `network` for images of the very shape of `x`: called by itself, without guards that could have it compiled anew"
+    from torch._inductor.compile_fx import compile_fx
+    made = []
+    def backend(graph, example):
+        made.append(compile_fx(graph, example))
+        return made[-1]
+    torch.compile(network, backend=backend, dynamic=False, fullgraph=True)(x)
+    return lambda x: made[0](x)[0]
 
 def lower(
     model:nn.Module, # A twin: a network after `quantize`

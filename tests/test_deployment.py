@@ -172,9 +172,10 @@ def test_lowered_and_compiled(learn, monkeypatch):
     fast,code = run_and_get_code(lambda: lower(twin, x, sizes=(3,)))
     assert list(fast.compiled)==[3] and 'qconv' in ''.join(code) and 'qlinear' in ''.join(code)
     monkeypatch.setattr(fast, 'graph', None)
+    torch._dynamo.reset()
     before = torch._dynamo.utils.counters['stats']['unique_graphs']
     for images in x[:3], x[3:6].contiguous(memory_format=torch.channels_last), x[:3].clone().requires_grad_(): assert (fast(images).argmax(1)==twin(images).argmax(1)).all()
-    assert torch._dynamo.utils.counters['stats']['unique_graphs']==before
+    assert torch._dynamo.utils.counters['stats']['unique_graphs']==before     # what is deployed is never compiled anew
 
 def test_without_a_compiler_the_kernels_run_one_by_one(learn, monkeypatch):
     pytest.importorskip('torchao')

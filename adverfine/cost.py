@@ -7,16 +7,16 @@ Docs: https://adverfine.github.io/adverfine/cost.html.md"""
 # %% auto #0
 __all__ = ['Cost', 'storage_bytes', 'macs', 'latency', 'cost']
 
-# %% ../nbs/03_cost.ipynb #ef04167b
+# %% ../nbs/03_cost.ipynb #fda91f50
 import time
 from dataclasses import dataclass
 from statistics import median
 import torch
 from torch import nn, Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from .models import evaluating
+from .models import evaluating, frozen
 
-# %% ../nbs/03_cost.ipynb #e346f408
+# %% ../nbs/03_cost.ipynb #0b3a29a8
 @dataclass(frozen=True)
 class Cost:
     "The price of a network"
@@ -45,7 +45,7 @@ def macs(
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter: model(x)
+        with frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter: model(x)
     finally: torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops()//2//len(x)
 

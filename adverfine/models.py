@@ -95,7 +95,7 @@ def bare(
         elif hasattr(model, '_orig_mod'): model = model._orig_mod
         else: return model
 
-# %% ../nbs/02_models.ipynb #043d205f
+# %% ../nbs/02_models.ipynb #ab7ae570
 class SelfAttention(nn.Module):
     "An `nn.MultiheadAttention` that attends to its own input, its projections ordinary layers"
     @classmethod
@@ -159,13 +159,13 @@ def opened(
 
 def head_projections(
     m:nn.Module, # Any module
-) -> tuple|None: # The layer that makes queries, keys and values of all heads, and the one that reads the heads; None where heads cannot be cut
+) -> tuple|None: # The layer that makes queries, keys and values of all heads, and the one that reads the heads; None where heads cannot be cut, or have further parameters
     "The projections of a `SelfAttention`, or of timm's `Attention`"
     for names in ('in_proj', 'out_proj'), ('qkv', 'proj'):
         pair = [getattr(m, o, None) for o in names]
         if not all(isinstance(o, nn.Linear) for o in pair) or not all(isinstance(getattr(m, o, None), int) for o in ('num_heads', 'head_dim')): continue
-        width,rest = m.num_heads*m.head_dim,[o for o in (getattr(m, 'gate', None), getattr(m, 'norm', None)) if not (o is None or isinstance(o, nn.Identity))]
-        if (isinstance(m, SelfAttention) or hasattr(m, 'attn_dim')) and not rest and pair[0].out_features==3*width and pair[1].in_features==width: return tuple(pair)
+        width,alone = m.num_heads*m.head_dim,all(n.split('.')[0] in (*names, 'q_norm', 'k_norm') for n,_ in m.named_parameters())
+        if (isinstance(m, SelfAttention) or hasattr(m, 'attn_dim')) and alone and pair[0].out_features==3*width and pair[1].in_features==width: return tuple(pair)
 
 def set_heads(
     m:nn.Module, # An attention with `head_projections`

@@ -27,7 +27,7 @@ from .models import *
 from .cost import *
 from .attacks import *
 
-# %% ../nbs/06_pruning.ipynb #698f727d
+# %% ../nbs/06_pruning.ipynb #141d4552
 def _layers(model, x):
     "The convolutions and linear layers of `model`, in the order in which they run on `x`"
     ran,hooks = [],[]
@@ -73,7 +73,8 @@ class _Group:
 
     @property
     def name(self): return self.layers[0]
-    least = 0
+
+    least = 0     # So many stay, whatever the level
 
     def scores(self, graph, importance):
         "The importance of each channel"
@@ -129,7 +130,9 @@ def _trace(model, x):
     names,groups = {m: n for n,m in model.named_modules()},[]
     attentions = [m for m in model.modules() if isinstance(getattr(m, 'num_heads', None), int)]
     fixed = [layers[-1], *attentions, *(o for m in attentions for o in m.children() if isinstance(o, nn.Linear))]
-    if attentions: fixed += [m for m in layers if m not in fixed and _tied_to(graph, m, {*fixed, *(p for m in attentions for p in m.parameters())})]   # nothing to see there, and following a long stream through windows and shifts takes for ever
+    if attentions:     # what is tied to them stays, and torch-pruning follows a long stream through windows and shifts for ever
+        stay = {*fixed, *(p for m in attentions for p in m.parameters())}
+        fixed += [m for m in layers if m not in fixed and _tied_to(graph, m, stay)]
     for g in graph.get_all_groups(ignored_layers=fixed, root_module_types=[nn.modules.conv._ConvNd, nn.Linear]):
         root,copies,members = g[0].dep.target.module,1,[]
         for dep,_ in g:

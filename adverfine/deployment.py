@@ -132,7 +132,7 @@ def _images(learn, n=1000):
     found = pixels(learn.dls.valid)[0][:n]
     return torch.cat([found, pixels(learn.dls.train)[0][:n-len(found)]]) if len(found)<n else found
 
-# %% ../nbs/15_deployment.ipynb #3eff757c
+# %% ../nbs/15_deployment.ipynb #444fcd33
 def _need(*packages, extra='onnx'):
     missing = [o for o in packages if not find_spec(o)]
     if missing: raise ImportError(f"{', '.join(missing)} {'is' if len(missing)==1 else 'are'} not installed: pip install 'adverfine[{extra}]'")
@@ -148,9 +148,14 @@ class OnnxNetwork:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # threads that spin while they wait slow down everything beside them
-        self.session = ort.InferenceSession(file if isinstance(file, bytes) else str(file), options, providers=['CPUExecutionProvider'])
-        self.name = self.session.get_inputs()[0].name
-    def __call__(self, x): return torch.from_numpy(self.session.run(None, {self.name: x.detach().cpu().numpy()})[0])
+        if not isinstance(file, bytes) and not Path(file).is_file(): raise FileNotFoundError(f"{file} is not there: learn.export_onnx writes such files")
+        try: self.session = ort.InferenceSession(file if isinstance(file, bytes) else str(file), options, providers=['CPUExecutionProvider'])
+        except Exception as e: raise ValueError(f"ONNX Runtime cannot load {'these bytes' if isinstance(file, bytes) else file} ({e}): export the network again") from e
+        self.name,(_,*self.shape) = self.session.get_inputs()[0].name,self.session.get_inputs()[0].shape
+
+    def __call__(self, x):
+        if list(x.shape[1:])!=self.shape: raise ValueError(f"the file takes images of shape {tuple(self.shape)}, and these have {tuple(x.shape[1:])}")
+        return torch.from_numpy(self.session.run(None, {self.name: x.detach().cpu().numpy()})[0])
 
 def to_onnx(
     model:nn.Module, # A network; a twin becomes integers

@@ -119,6 +119,13 @@ def test_networks_that_read_their_own_weights_are_exported():
     quantize(net, 8, [x])
     assert (OnnxNetwork(to_onnx(net, (1, 8, 8)))(x)-net(x)).norm()<.02*net(x).norm()
 
+def test_files_that_are_no_networks(tmp_path):
+    pytest.importorskip('onnxruntime')
+    (tmp_path/'junk.onnx').write_bytes(b'junk'*100)
+    with pytest.raises(FileNotFoundError, match='none.onnx is not there'): OnnxNetwork(tmp_path/'none.onnx')
+    with pytest.raises(ValueError, match='cannot load .*junk.onnx'): OnnxNetwork(tmp_path/'junk.onnx')
+    with pytest.raises(ValueError, match=r'takes images of shape \(1, 8, 8\), and these have \(1, 9, 9\)'): OnnxNetwork(to_onnx(cnn8(size=8), (1, 8, 8)))(torch.rand(2, 1, 9, 9))
+
 def test_a_network_that_cannot_be_exported_says_why():
     pytest.importorskip('onnxscript')
     class Asks(nn.Module):

@@ -6,7 +6,9 @@ from .models import *
 from .cost import *
 from .attacks import *
 from .autoattack import *
+from .channels import *
 from .pruning import *
+from .sensitivity import *
 from .quantization import *
 from .acceleration import *
 from .objectives import *

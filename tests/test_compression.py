@@ -11,6 +11,7 @@ from adverfine.checkpoint import *
 from adverfine.cost import *
 from adverfine.data import *
 from adverfine.models import *
+from adverfine.channels import *
 from adverfine.pruning import *
 from adverfine.quantization import *
 

@@ -19,6 +19,7 @@ from fastai.torch_core import no_random
 from .threat import *
 from .data import *
 from .models import *
+from .layers import batch_norms, multiplying
 from .attacks import *
 
 # %% ../nbs/05a_channels.ipynb #a89cd291
@@ -27,7 +28,7 @@ def _layers(model, x):
     ran,hooks = [],[]
     try:
         for m in model.modules():
-            if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): hooks.append(m.register_forward_hook(lambda m, *_: ran.append(m)))
+            if isinstance(m, multiplying): hooks.append(m.register_forward_hook(lambda m, *_: ran.append(m)))
         with evaluating(model), torch.no_grad(): model(x)
     finally:
         for h in hooks: h.remove()
@@ -109,6 +110,8 @@ def _tied_to(graph, root, layers):
             seen.add(to); todo.append(to)
     return False
 
+def _is_depthwise(m): return getattr(m, 'groups', 1)==getattr(m, 'out_channels', 0)
+
 def channel_groups(
     model:nn.Module, # A network inside of `traceable`
     x:Tensor, # A batch as it wants it
@@ -124,12 +127,12 @@ def channel_groups(
     if attentions:     # what is tied to them stays, and torch-pruning follows a long stream through windows and shifts for ever
         stay = {*fixed, *(p for m in attentions for p in m.parameters())}
         fixed += [m for m in layers if m not in fixed and _tied_to(graph, m, stay)]
-    for g in graph.get_all_groups(ignored_layers=fixed, root_module_types=[nn.modules.conv._ConvNd, nn.Linear]):
+    for g in graph.get_all_groups(ignored_layers=fixed, root_module_types=list(multiplying)):
         root,copies,members = g[0].dep.target.module,1,[]
         for dep,_ in g:
             m,out = dep.target.module,graph.is_out_channel_pruning_fn(dep.handler)
             if out and m in layers: members.append(m)
-            if not (isinstance(m, nn.modules.conv._ConvNd) and m.groups==m.out_channels):
+            if not _is_depthwise(m):
                 pruner = graph.get_pruner_of_module(m)
                 copies = max(copies, (pruner.get_out_channel_groups if out else pruner.get_in_channel_groups)(m))
         groups.append(Group(root, names[root], [names[m] for m in layers if m in members], graph.get_out_channels(root)//copies, copies))
@@ -139,10 +142,8 @@ def channel_groups(
     return graph,sorted(groups, key=lambda g: min(i for i,n in enumerate(order) if n in g.layers or n.startswith(f'{g.name}.')))
 
 # %% ../nbs/05a_channels.ipynb #c2bde580
-_norms = nn.modules.batchnorm._BatchNorm
-
 class _Scale(tp.importance.GroupMagnitudeImportance):
-    def __init__(self): super().__init__(p=1, target_types=[_norms]); self.norm = tp.importance.GroupMagnitudeImportance(p=1)
+    def __init__(self): super().__init__(p=1, target_types=list(batch_norms)); self.norm = tp.importance.GroupMagnitudeImportance(p=1)
     def __call__(self, group):
         found = super().__call__(group)
         return self.norm(group) if found is None else found

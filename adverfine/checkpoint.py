@@ -21,6 +21,7 @@ from fastai.torch_core import get_model, no_random
 from . import __version__
 from .threat import *
 from .models import *
+from .layers import layer_kind, quantized_classes
 from .cost import *
 from .quantization import *
 
@@ -72,44 +73,69 @@ def _made_by(model, factory, kwargs):
     raise ValueError(f"{type(model).__name__} does not say how it was made: pass factory='torchvision.models.resnet18' and its arguments, or the function that makes it")
 
 # %% ../nbs/13_checkpoint.ipynb #9e16e83a
-_sizes = {nn.Conv2d: ('in_channels', 'out_channels', 'groups'), nn.Linear: ('in_features', 'out_features'), nn.BatchNorm2d: ('num_features',)}
-_twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.BatchNorm2d: QuantBatchNorm2d}
-_sizes.update({twin: _sizes[k] for k,twin in _twins.items()})
-_quantizers,_settings = {QuantConv2d: ('w_quant', 'x_quant'), QuantLinear: ('w_quant', 'x_quant'), QuantBatchNorm2d: ('y_quant',)},dict(bits=int, signed=bool, symmetric=bool, through=bool)
+_quantizers = {QuantConv2d: ('w_quant', 'x_quant'), QuantLinear: ('w_quant', 'x_quant'), QuantBatchNorm2d: ('y_quant',)}
+_settings = dict(bits=int, signed=bool, symmetric=bool, through=bool)
 
-def _layers(model): return {n: m for n,m in model.named_modules() if type(m) in _sizes or head_projections(m)}
+def _layers(model): return {n: m for n,m in model.named_modules() if layer_kind(m) or head_projections(m)}
+
+def _loose(model):
+    "Shapes of the tensors of `model` that are in no layer of a known kind, such as ConvNeXt's scales: pruning cuts those too"
+    known = {f'{n}.' for n,m in model.named_modules() if layer_kind(m) or isinstance(m, Quantizer)}
+    return {k: list(t.shape) for k,t in model.state_dict().items() if f"{k.rpartition('.')[0]}." not in known and t.dim()}
 
 def _describe(m):
     "What tells the layer `m` from the one that the factory made"
-    if type(m) not in _sizes: return dict(type=type(m).__name__, num_heads=m.num_heads)
+    kind = layer_kind(m)
+    if kind is None: return dict(type=type(m).__name__, num_heads=m.num_heads)
     settings = lambda q: dict(bits=q.bits, signed=q.signed, symmetric=q.lo==-q.hi, through=q.through)
-    return dict(type=type(m).__name__, **{k: getattr(m, k) for k in _sizes[type(m)]}, **{k: settings(getattr(m, k)) for k in _quantizers.get(type(m), ())})
+    return dict(type=type(m).__name__, **{k: getattr(m, k) for k in kind.sizes}, **{k: settings(getattr(m, k)) for k in _quantizers.get(type(m), ())})
+
+def _is_size(v): return type(v) is int and v>=1
+
+def _checked_sizes(name, m, said):
+    "The sizes in `said`, as the layer `m` wants them"
+    for k,v in said.items():
+        several = isinstance(getattr(m, k), tuple)
+        if not (isinstance(v, list) and v and all(map(_is_size, v)) if several else _is_size(v)):
+            raise ValueError(f"layer {name!r} has {k}={v!r}, and no positive whole number")
+    return {k: tuple(v) if isinstance(v, list) else v for k,v in said.items()}
+
+def _reshape(m, key, shape):
+    "Give the tensor `key` of `m` another shape, without values"
+    old = getattr(m, key)
+    new = torch.empty(shape, dtype=old.dtype, device='meta')
+    setattr(m, key, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+def _become_attention(name, m, said):
+    if said.keys()!={'type', 'num_heads'} or said['type']!=type(m).__name__ or not _is_size(said['num_heads']):
+        raise ValueError(f"layer {name!r} is a {type(m).__name__}, an attention, and described by {said}")
+    set_heads(m, said['num_heads'])
 
 def _become(name, m, said):
     "Make `m` the layer that `_describe` said it was; its parameters are shapes without values"
-    if type(m) not in _sizes:
-        if said.keys()!={'type', 'num_heads'} or said['type']!=type(m).__name__ or type(said['num_heads']) is not int or said['num_heads']<1: raise ValueError(f"layer {name!r} is a {type(m).__name__}, an attention, and described by {said}")
-        return set_heads(m, said['num_heads'])
-    cls = next((o for o in (type(m), _twins.get(type(m))) if o and o.__name__==said['type']), None)
+    kind = layer_kind(m)
+    if kind is None: return _become_attention(name, m, said)
+    cls = next((o for o in (type(m), quantized_classes.get(type(m))) if o and o.__name__==said['type']), None)
     if cls is None: raise ValueError(f"layer {name!r} is a {type(m).__name__} and cannot be a {said['type']!r}")
     quantizers = {k: said[k] for k in _quantizers.get(cls, ())}
-    sizes = {k: said[k] for k in _sizes[cls]}
+    sizes = {k: said[k] for k in kind.sizes}
     if said.keys() != {'type', *sizes, *quantizers}: raise ValueError(f"layer {name!r} is described by {', '.join(said)}")
-    for k,v in sizes.items():
-        if type(v) is not int or v<1: raise ValueError(f"layer {name!r} has {k}={v!r}, and no positive whole number")
-    vars(m).update(sizes)
-    n = m.out_channels if isinstance(m, nn.Conv2d) else m.out_features if isinstance(m, nn.Linear) else m.num_features
-    rest = (m.in_channels//m.groups, *m.kernel_size) if isinstance(m, nn.Conv2d) else (m.in_features,) if isinstance(m, nn.Linear) else ()
-    for k,t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]:
-        if not t.dim(): continue
-        new = torch.empty((n, *rest) if k=='weight' else (n,), dtype=t.dtype, device='meta')
-        setattr(m, k, nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new)
+    vars(m).update(_checked_sizes(name, m, sizes))
+    shapes = kind.shapes(m)
+    for k in [k for k,t in m.state_dict().items() if k in shapes and t.dim()]: _reshape(m, k, shapes[k])
     with torch.device('meta'):
         for k,q in quantizers.items():
             if {o: type(v) for o,v in q.items()} != _settings: raise ValueError(f"layer {name!r} has a {k} that is set to {q}: bits and three times true or false are needed")
             setattr(m, k, Quantizer(**q))
-        if 'w_quant' in quantizers: m.w_quant.begin(torch.ones(n, *[1]*len(rest)))
+        if 'w_quant' in quantizers: m.w_quant.begin(torch.ones(shapes['weight'][0], *[1]*(len(shapes['weight'])-1)))
     m.__class__ = cls
+
+def _become_loose(model, said):
+    "Give the tensors that are in no known layer the shapes in `said`"
+    there = _loose(model)
+    for k,shape in said.items():
+        if k not in there or len(shape)!=len(there[k]) or not all(map(_is_size, shape)): raise ValueError(f"tensor {k!r} cannot have the shape {shape}")
+        if shape!=there[k]: _reshape(model.get_submodule(k.rpartition('.')[0]), k.rpartition('.')[2], shape)
 
 # %% ../nbs/13_checkpoint.ipynb #2d59e8ad
 def _normalize(said):
@@ -132,8 +158,10 @@ def _assemble(record, weights, factory=None):
     said = record['layers']
     for m in [m for n,m in model.named_modules() if type(m) is nn.MultiheadAttention and said.get(n, {}).get('type')=='SelfAttention']: SelfAttention.open(m)
     layers = _layers(model)
-    if odd := layers.keys()^said.keys(): raise ValueError(f"layer {min(odd)!r} is {'not in the network' if min(odd) in said else 'missing in the file'} that {made['factory']!r} makes")
-    for n,m in layers.items(): _become(n, m, said[n])
+    if odd := said.keys()-layers.keys(): raise ValueError(f"layer {min(odd)!r} is not in the network that {made['factory']!r} makes")
+    for n,m in layers.items():
+        if n in said: _become(n, m, said[n])
+    _become_loose(model, record.get('loose', {}))
     stored,needed = load(weights),model.state_dict()
     for k in {**needed, **stored}:
         there,here = _tensor(stored.get(k)),_tensor(needed.get(k))
@@ -213,7 +241,7 @@ def save_compressed(self:Learner,
     vocab = getattr(self.dls, 'vocab', None)
     stats = lambda t: torch.as_tensor(t).flatten().tolist()
     weights = save({k: v.detach().clone(memory_format=torch.contiguous_format) for k,v in model.state_dict().items()})
-    record = dict(format=1, version=__version__, factory=_made_by(model, factory, kwargs), layers={n: _describe(m) for n,m in _layers(model).items()},
+    record = dict(format=1, version=__version__, factory=_made_by(model, factory, kwargs), layers={n: _describe(m) for n,m in _layers(model).items()}, loose=_loose(model),
                   normalize=[dict(mean=stats(o.mean), std=stats(o.std)) for o in space.norms], input_shape=list(x.shape[1:]),
                   vocab=[str(o) for o in vocab] if vocab is not None else None, report=report, weights=dict(sha256=_sha(weights), bytes=len(weights)))
     try: record = json.loads(json.dumps(record, allow_nan=False))

@@ -9,7 +9,7 @@ __all__ = ['offered_bits', 'calibrations', 'check_bits', 'Quantizer', 'minmax_st
            'QuantConv2d', 'QuantLinear', 'QuantBatchNorm2d', 'traced', 'quantize']
 
 # %% ../nbs/07_quantization.ipynb #6e58cfd6
-import copy, operator
+import copy, operator, warnings
 from fnmatch import fnmatchcase
 import torch, torch.nn.functional as F
 from torch import fx, nn, Tensor
@@ -18,6 +18,7 @@ from fastcore.meta import delegates
 from fastai.learner import Learner
 from .data import *
 from .models import *
+from .layers import quantized_classes
 
 # %% ../nbs/07_quantization.ipynb #61ac88bc
 class _Round(torch.autograd.Function):
@@ -148,23 +149,27 @@ class QuantBatchNorm2d(nn.BatchNorm2d):
         out = self.y_quant(super().forward(x))
         return out.clone() if out.requires_grad else out    # sums are often taken in place, and the gradient of the step needs what was rounded
 
-_twins = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-_floats = {v: k for k,v in _twins.items()} | {QuantBatchNorm2d: nn.BatchNorm2d}
+quantized_classes.update({nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.BatchNorm2d: QuantBatchNorm2d})
+_floats = {v: k for k,v in quantized_classes.items()}
+_twins = {k: v for k,v in quantized_classes.items() if issubclass(v, _QuantLayer)}
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m, name): return type(m) in _floats or super().is_leaf_module(m, name)
 
 def traced(
     model:nn.Module, # A network, perhaps quantized
-) -> fx.Graph|None: # None if it cannot be traced
-    "What calls what in `model`, a quantized layer being one call"
+    left_out:str, # What its BatchNorms are not used for if it cannot be traced, for the warning
+) -> fx.Graph|None: # None if it has no BatchNorm, or cannot be traced
+    "What calls what in `model`, a quantized layer being one call; warns if its BatchNorms cannot be found"
+    if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()): return None
     try: return _Tracer().trace(copy.deepcopy(model))    # networks that keep what they compute would keep symbols
-    except Exception: return None
+    except Exception as e: # a forward may do anything to the symbols that are put through it
+        warnings.warn(f"torch.fx cannot trace {type(model).__name__} ({type(e).__name__}: {' '.join(str(e).split()[:12])}), so {left_out}")
 
 def _terms(model):
     "Each BatchNorm whose output is a term of a sum, and nothing else"
     modules = dict(model.named_modules())
-    graph = traced(model) if any(isinstance(m, nn.BatchNorm2d) for m in modules.values()) else None
+    graph = traced(model, "what its BatchNorms feed into additions stays float32: sums=False says so")
     added = [n for n in graph.nodes if n.op in ('call_function', 'call_method') and n.target in (operator.add, operator.iadd, torch.add, 'add', 'add_')] if graph else []
     return [modules[n.target] for o in added for n in o.all_input_nodes if n.op=='call_module' and isinstance(modules[n.target], nn.BatchNorm2d) and modules[n.target].affine and len(n.users)==1]
 

@@ -21,6 +21,7 @@ from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from .models import *
+from .layers import batch_norms
 from .attacks import *
 from .acceleration import *
 from .objectives import *
@@ -77,7 +78,7 @@ class WeightAverage(Callback):
     def _load(self, values):
         for p,v in zip(bare(self.model).parameters(), values): p.copy_(v)
 
-    def _norms(self): return [m for m in bare(self.model).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    def _norms(self): return [m for m in bare(self.model).modules() if isinstance(m, batch_norms) and m.track_running_stats]
 
     @torch.no_grad()
     def _estimate(self):

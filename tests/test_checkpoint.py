@@ -120,12 +120,65 @@ def test_ones_own_factory(tmp_path):
         with pytest.raises(ValueError, match="layer '1'"): load_compressed(tmp_path, factory=_other)
     finally: _other.__name__ = '_other'
 
-def test_the_wrong_width_is_a_wrong_factory(tmp_path):
+def test_another_width_is_the_file_s_another_layer_is_refused(tmp_path):
     learn = _learner(nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 10)))
-    def make(n=64, out=10): return nn.Sequential(nn.Flatten(), nn.LayerNorm(n), nn.Linear(n, out))
+    def make(n=64, out=10, bias=True): return nn.Sequential(nn.Flatten(), nn.LayerNorm(n), nn.Linear(n, out, bias=bias))
     learn.save_compressed(tmp_path, factory=make)
     assert _same(learn, load_compressed(tmp_path, factory=make))
-    with pytest.raises(ValueError, match=r"tensor '1.weight' is float32 \(64,\) in the file and float32 \(65,\)"): load_compressed(tmp_path, factory=partial(make, 65))
+    assert _same(learn, load_compressed(tmp_path, factory=partial(make, 65)))       # sizes are the file's, as after pruning
+    with pytest.raises(ValueError, match=r"tensor '2.bias' is float32 \(10,\) in the file and missing"): load_compressed(tmp_path, factory=partial(make, bias=False))
+
+def test_every_layer_that_pruning_cuts_can_be_saved(tmp_path):
+    "One network with each kind of normalisation, PReLU, a transposed convolution and a scale that is nobody's layer"
+    class Scale(nn.Module):
+        def __init__(self, n): super().__init__(); self.gain = nn.Parameter(torch.rand(n, 1, 1))
+        def forward(self, x): return x*self.gain
+    def make():
+        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU(8), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.InstanceNorm2d(8, affine=True), Scale(8),
+                             nn.ConvTranspose2d(8, 12, 2, stride=2), nn.GroupNorm(1, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(),
+                             nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 10))
+    learn = _learner(make())
+    dense = {k: v.shape for k,v in learn.model.state_dict().items()}
+    learn.prune(.5)
+    cut = {k.split('.')[0] for k,v in learn.model.state_dict().items() if v.shape!=dense[k]}
+    assert cut=={'0', '1', '2', '3', '4', '5', '6', '7', '10', '11', '13', '14', '15'}
+    learn.save_compressed(tmp_path, factory=make)
+    assert _same(learn, load_compressed(tmp_path, factory=make))
+    learn.quantize(4).save_compressed(tmp_path, factory=make)
+    assert _same(learn, load_compressed(tmp_path, factory=make))
+
+def test_a_pruned_vision_learner(tmp_path):
+    "fastai's head has BatchNorm1d and a pooling that concatenates"
+    from fastai.vision.all import create_vision_model, resnet18, vision_learner
+    dls = cifar10_like()
+    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, loss_func=nn.CrossEntropyLoss())
+    learn.prune(.5).quantize(8)
+    def make(): return create_vision_model(resnet18, 10, pretrained=False)
+    learn.save_compressed(tmp_path, factory=make)
+    assert _same(learn, load_compressed(tmp_path, factory=make))
+
+def cifar10_like():
+    x,y = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)),torch.arange(40)%10
+    return image_dls((x, y), (x, y), bs=8)
+
+def test_pruned_convnext(tmp_path):
+    "torchvision's LayerNorm2d and its scales"
+    from torchvision.models import convnext_tiny
+    learn = Learner(cifar10_like(), convnext_tiny(num_classes=10), loss_func=nn.CrossEntropyLoss())
+    learn.prune(.5)
+    learn.save_compressed(tmp_path, factory='torchvision.models.convnext_tiny', num_classes=10)
+    assert _same(learn, load_compressed(tmp_path))
+
+def test_files_of_the_first_format_load(tmp_path):
+    "Written before normalisation layers and loose tensors were described"
+    learn = _learner(nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
+    def make(): return nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    learn.prune(.5)
+    learn.save_compressed(tmp_path, factory=make)
+    record = json.loads((tmp_path/'model.json').read_text())
+    del record['checksum'], record['loose'], record['layers']['1']
+    (tmp_path/'model.json').write_text(json.dumps(dict(record, checksum=_checksum(record))))
+    assert _same(learn, load_compressed(tmp_path, factory=make))
 
 def test_a_network_changed_by_hand_is_not_saved(tmp_path):
     learn = _learner(cnn8(size=8))
@@ -286,6 +339,7 @@ hostile += [_set('layers', '2', 'type', o) for o in ('os.system', 'Linear', 'Con
 hostile += [_set('layers', '2', q, k, o) for q in ('w_quant', 'x_quant') for k,os_ in dict(bits=(5, 0, -1, huge, 4.0, '4', True, None, KeyError), signed=(1, 'yes', None, KeyError), through=('os.system', KeyError), lo=(-8,)).items() for o in os_]
 hostile += [_set('layers', '2', 'w_quant', o) for o in (None, [], 'Quantizer', KeyError)] + [_set('layers', '2', 'z_quant', {})]
 hostile += [_set('layers', k, o) for k,o in (('2', KeyError), ('2', None), ('2', []), ('1', dict(type='Conv2d')), ('forward', dict(type='Linear', in_features=1, out_features=1)), ('__class__', {}))]
+hostile += [_set('loose', o) for o in (None, 7, [], 'x', {'x': [1]}, {'0.weight': [1]}, {'0': 1}, {'': []})]
 hostile += [_set('normalize', o) for o in (None, 7, [7], [{}], [dict(mean=[.5])], [dict(mean=['x'], std=[1])], [dict(mean=[.5], std=[0])], [dict(mean=[float('nan')], std=[1])], [dict(mean=[float('inf')], std=[1])], [dict(mean=[.5]*7, std=[.5]*7)], [dict(mean=[10**400], std=[1])])]
 hostile += [_set('input_shape', o) for o in (None, [], [1], [1,8], [3,8,8], [1,-8,8], [1,huge,huge], [1,'8',8], 'abc', [1,8,8,8], [0,8,8], {}, KeyError)]
 hostile += [_set('weights', 'sha256', o) for o in ('', '../../../etc/passwd', '0'*64, None, 7, 'g'*64, KeyError)] + [_set('weights', 'bytes', o) for o in (0, -1, huge, '1', None, KeyError)]

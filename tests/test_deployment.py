@@ -215,3 +215,26 @@ def test_compress_keeps_the_normalisation(tmp_path):
     assert 'normalises them itself' in (tmp_path/'small'/'README.md').read_text()
     again = compress(tmp_path/'net', tmp_path/'both', digits_dls, prune=.5, bits=(4, 8), epochs=1, eps=.05, progress=False)
     assert load_compressed(tmp_path/'both')(x).shape==(500, 10) and again.n==500
+
+# --- what agreement means
+
+def _decides(n, odd, lead):
+    "Images, a twin that is sure of class 0, and an artifact that prefers class 1 on `odd` of them, by logits `lead` below the twin's"
+    x = torch.zeros(n, 1, 1, 1)
+    ours = torch.tensor([2., 1., 0.]).repeat(n, 1)
+    ours[:odd,1] = 2-lead
+    theirs = ours.clone()
+    theirs[:odd] = theirs[:odd][:,[1,0,2]]
+    logits = dict(ours=iter(ours.split(64)), theirs=iter(theirs.split(64)))
+    return x,lambda x: next(logits['ours']),lambda x: next(logits['theirs'])
+
+@pytest.mark.parametrize('n,odd,lead,fine', [(173, 1, 1., True), (173, 2, 1., False), (173, 9, .02, True), (1000, 5, 1., True), (1000, 6, 1., False), (26, 1, 1., True), (26, 2, 1., False)])
+def test_near_ties_and_single_images_do_not_refuse_an_artifact(n, odd, lead, fine):
+    x,twin,artifact = _decides(n, odd, lead)
+    if fine: assert deployment.check_agreement(artifact, twin, x)==pytest.approx(1-odd/n)
+    else:
+        with pytest.raises(ValueError, match='near-ties aside'): deployment.check_agreement(artifact, twin, x)
+
+def test_logits_that_are_no_numbers_disagree():
+    x,twin,_ = _decides(100, 0, 1.)
+    with pytest.raises(ValueError, match='near-ties aside'): deployment.check_agreement(lambda x: torch.full((len(x), 3), float('nan')).roll(1, 1).index_fill(1, torch.tensor(0), 0.), twin, x)

@@ -286,7 +286,9 @@ def test_crafting_network_in_bfloat16_is_no_worse_than_bfloat16_is():
     exact = _gradient(net, x).flatten()
     with torch.autocast('cpu', torch.bfloat16): rounded = _gradient(net, x).flatten()
     similar = lambda g: nn.functional.cosine_similarity(g, exact, 0)
-    assert similar(_gradient(crafting_network(net, x).prepare(bf16=True), x).flatten()) > similar(rounded)-.02
+    fast = crafting_network(net, x, bf16=True)
+    if fast is None: pytest.skip('this processor has no convolutions in bfloat16')
+    assert similar(_gradient(fast.prepare(bf16=True), x).flatten()) > similar(rounded)-.02
 
 def test_crafting_network_stands_back():
     "Hooks must be heard, quantizers and parametrizations stay as they are, other precisions too"
@@ -303,7 +305,7 @@ def test_training_does_not_notice_the_crafting_network(monkeypatch):
     from adverfine import adversarial
     learns = []
     for off in (False, True):
-        if off: monkeypatch.setattr(adversarial, 'crafting_network', lambda model, x: None)
+        if off: monkeypatch.setattr(adversarial, 'crafting_network', lambda *args: None)
         learns.append(_learner(_bn_net))
         _fit(learns[-1], 2, cbs=AdversarialTraining(PGD(.1, steps=3, random_start=False)))
     torch.testing.assert_close(_weights(learns[0]), _weights(learns[1]), rtol=1e-2, atol=1e-3)

@@ -1,5 +1,5 @@
 "The callbacks among what a Learner may be made of: normalised batches, bfloat16, compiled, frozen, dropped out, distributed"
-import copy, datetime, os, warnings
+import copy, warnings
 import pytest, torch, torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -16,6 +16,7 @@ from adverfine.models import *
 from adverfine.pruning import *
 from adverfine.quantization import *
 from adverfine.threat import *
+from processes import gathered, two_processes
 
 attack = PGD(.1, steps=3)
 
@@ -152,10 +153,7 @@ def test_dropout(tmp_path):
 # --- DDP
 
 def _rank(rank, path):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
-    dist.init_process_group('gloo', init_method=f'file://{path}/meet', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20))
-    both = lambda o: _gathered(torch.as_tensor(o, dtype=torch.float32))
+    both = lambda o: gathered(torch.as_tensor(o, dtype=torch.float32))
     set_seed(0)
     net = _bn_net()
     alone,ddp = copy.deepcopy(net),DistributedDataParallel(net)
@@ -195,15 +193,9 @@ def _rank(rank, path):
     with learn.no_bar(): share = learn.validate()[1]
     mine = evaluate(net, *pixels(dls.valid), PGD(.1, steps=3, random_start=False), bf16=False, progress=False).robust
     assert abs(share-torch.stack(both(mine)).mean().item()) < 1e-6
-    dist.destroy_process_group()
-
-def _gathered(t):
-    out = [torch.zeros_like(t) for _ in range(2)]
-    dist.all_gather(out, t)
-    return out
 
 @pytest.mark.skipif(not dist.is_available(), reason='torch without distributed')
-def test_ddp(tmp_path): torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+def test_ddp(tmp_path): two_processes(_rank, tmp_path)
 
 # --- RobustAccuracy of a sample
 

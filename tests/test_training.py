@@ -16,6 +16,7 @@ from adverfine.acceleration import *
 from adverfine.objectives import *
 from adverfine.adversarial import *
 from adverfine.recipes import *
+from processes import gathered, two_processes
 
 def _fit(learn, epochs=1, lr=1e-3, cbs=None):
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=cbs)
@@ -36,28 +37,21 @@ def _train(bs, objective, **kwargs):
     return learn, [AdversarialTraining(deterministic, objective() if objective else None)]
 
 def _rank(rank, path):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=os.environ['ADVERFINE_TEST_PORT'], ACCELERATE_USE_CPU='true')
+    os.environ['ACCELERATE_USE_CPU'] = 'true'
     for name,objective in dict(madry=None, mart=MART).items():
         learn,cbs = _train(64, objective)
         with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
             assert dist.get_backend()=='gloo'
             learn.fit(4, .1, cbs=cbs)
             record = learn.final_record
-        out = [torch.zeros_like(_weights(learn)) for _ in range(2)]
-        dist.all_gather(out, _weights(learn))
+        out = gathered(_weights(learn))
         assert torch.equal(*out)
         if not rank: torch.save(dict(weights=out[0], record=list(record)), f'{path}/{name}.pt')
-    dist.destroy_process_group()
 
 @pytest.mark.skipif(not dist.is_available(), reason='torch without distributed')
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     "fastai's `distrib_ctx` on two CPU processes: the same weights and the same table"
-    import socket
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        os.environ['ADVERFINE_TEST_PORT'] = str(s.getsockname()[1])
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    two_processes(_rank, tmp_path)
     for name,objective in dict(madry=None, mart=MART).items():
         learn,cbs = _train(128, objective)
         begin = _weights(learn).clone()

@@ -16,6 +16,7 @@ from fastcore.basics import GetAttr
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Metric
 from fastai.torch_core import join_path_file, rank_distrib
+from .files import write_atomic
 from .threat import *
 from .models import *
 from .attacks import *

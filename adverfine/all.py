@@ -1,6 +1,7 @@
 "Everything, with fastai's vision: `from adverfine.all import *`"
 from fastai.vision.all import *
 from .threat import *
+from .files import *
 from .data import *
 from .models import *
 from .cost import *

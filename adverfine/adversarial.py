@@ -17,6 +17,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Metric
 from fastai.torch_core import join_path_file, rank_distrib
+from .files import write_atomic
 from .threat import *
 from .models import *
 from .attacks import *

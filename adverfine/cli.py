@@ -114,7 +114,7 @@ def _evaluate(args):
     if unknown := [o for o in args.attack if o not in _attacks]: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
     from fastai.learner import Learner
     from torch.nn import CrossEntropyLoss
-    from adverfine import attacks, autoattack, checkpoint, deployment, report
+    from adverfine import attacks, autoattack, checkpoint, deployment, files, report
     make = _data(args)
     kinds = [(getattr(autoattack, kind, None) or getattr(attacks, kind), kw) for kind,kw in map(_attacks.get, args.attack)]
     chosen = [kind(args.eps, norm=args.norm, **kw) for kind,kw in kinds]
@@ -125,7 +125,7 @@ def _evaluate(args):
     learn = Learner(dls, model, loss_func=CrossEntropyLoss())
     deployed = deployment.OnnxNetwork(args.onnx) if args.onnx else None
     result = learn.robustness(chosen, n=args.n, deployed=deployed, seed=args.seed, thorough=args.thorough, progress=sys.stderr.isatty())
-    if args.html: checkpoint.write_atomic(args.html, report.robustness_page(result, args.model))
+    if args.html: files.write_atomic(args.html, report.robustness_page(result, args.model))
     print(result.to_json() if args.json else result)
 
 def _data(args):

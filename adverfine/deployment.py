@@ -19,6 +19,7 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 from fastcore.basics import patch
 from fastai.learner import Learner
+from .files import write_atomic
 from .threat import *
 from .data import *
 from .models import *

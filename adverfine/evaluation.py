@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import Learner
+from .files import write_atomic
 from .threat import *
 from .data import *
 from .models import *

@@ -24,6 +24,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random
+from .files import locked, write_atomic
 from .data import *
 from .models import *
 from .cost import *
@@ -203,15 +204,20 @@ class _Folder:
     def __call__(self, name, measure):
         "What `measure` says, or said when it was first called"
         file = self.out/f'{name}.json'
-        if not file.exists(): write_atomic(file, json.dumps(measure()))
+        if not file.exists(): self._keep(file, json.dumps(measure()))
         return json.loads(file.read_text())
 
     def network(self, name, model, train):
         "`model` with the weights of what `train` returns, or returned when it was first called"
         file = self.out/f'{name}.safetensors'
-        if not file.exists(): write_atomic(file, save({k: v.detach().contiguous() for k,v in train().state_dict().items()}))
+        if not file.exists(): self._keep(file, save({k: v.detach().contiguous() for k,v in train().state_dict().items()}))
         model.load_state_dict(load_file(file))
         return model
+
+    def _keep(self, file, content):
+        "Write it, unless another process was faster: both go on with what is there"
+        with locked(self.out):
+            if not file.exists(): write_atomic(file, content)
 
 def bits_check(
     out, # Folder of the results

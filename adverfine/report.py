@@ -12,6 +12,7 @@ import base64, io
 from html import escape
 import pandas as pd
 from matplotlib.figure import Figure
+from .files import write_atomic
 from .checkpoint import *
 from .evaluation import *
 from .study import *

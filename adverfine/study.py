@@ -23,6 +23,7 @@ from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from . import __version__
+from .files import locked, write_atomic
 from .threat import *
 from .data import *
 from .models import *
@@ -143,17 +144,25 @@ def claim(self:Study):
     mine = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _not_identity}
     file = self.out/'study.json'
     if self.out.exists() and not self.out.is_dir(): raise ValueError(f"out={self.out} is a file: name a folder")
-    if file.exists():
-        theirs = _load(file)['study']
-        odd = [f'{k} is {theirs.get(k)!r} there and {v!r} here' for k,v in mine.items() if theirs.get(k)!=v]
-        if odd: raise ValueError(f"{self.out} holds another study ({'; '.join(odd)}): name another output folder")
-    else: write_atomic(file, json.dumps(dict(study=mine, version=__version__), indent=1))
+    with locked(self.out):
+        if not file.exists(): write_atomic(file, json.dumps(dict(study=mine, version=__version__), indent=1))
+    theirs = _load(file)['study']
+    odd = [f'{k} is {theirs.get(k)!r} there and {v!r} here' for k,v in mine.items() if theirs.get(k)!=v]
+    if odd: raise ValueError(f"{self.out} holds another study ({'; '.join(odd)}): name another output folder")
 
 @patch
 def results(self:Study) -> pd.DataFrame:
     "The cells of this study that are finished, one a row: the columns of `results.csv`, and the verdict of the guards"
     done = [_load(f) for c in self.cells() if (f := self.out/'cells'/f'{c.name}.json').exists()]
     return pd.DataFrame(done, columns=[*_columns, 'verdict'])
+
+@patch
+def _write_results(self:Study):
+    "Write `results.csv` from all the cells that are finished, those of other processes too"
+    with locked(self.out):
+        df = self.results()
+        write_atomic(self.out/'results.csv', df[_columns].to_csv(index=False))
+    return df
 
 # %% ../nbs/16_study.ipynb #ea4d1af1
 class _Tick(Callback):
@@ -182,7 +191,9 @@ def _parent(self:Study, dls, cell, tick):
             learn = self._learner(dls, own)
             self._train(learn, cell.parent, self.epochs, self.lr, tick)
         weights = {k: v.detach().cpu().contiguous() for k,v in learn.model.state_dict().items()}
-        write_atomic(file, save(weights, metadata=dict(seconds=f'{time.perf_counter()-start:.3f}')))
+        content = save(weights, metadata=dict(seconds=f'{time.perf_counter()-start:.3f}'))
+        with locked(self.out):
+            if not file.exists(): write_atomic(file, content)
     try:
         with safe_open(file, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()},float(f.metadata()['seconds'])
     except (SafetensorError, KeyError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}): delete it, and the parent will be trained again") from e
@@ -245,6 +256,5 @@ def run(self:Study,
             bar.set_postfix_str(f'{cell.name}, {len(todo)-todo.index(cell)} cells to go')
             row = self.measure(cell, dls, lambda images, passes=1: bar.update(images*passes))
             write_atomic(self.out/'cells'/f'{cell.name}.json', json.dumps(row, indent=1))
-            write_atomic(self.out/'results.csv', self.results()[_columns].to_csv(index=False))
-    write_atomic(self.out/'results.csv', (df := self.results())[_columns].to_csv(index=False))
-    return df
+            self._write_results()
+    return self._write_results()

@@ -107,3 +107,47 @@ def test_fastai_finds_its_way(tmp_path):
         assert ClassificationInterpretation.from_learner(learn).confusion_matrix().shape==(10, 10)
     learn.export('m.pkl')
     assert (tmp_path/'m.pkl').exists()
+
+@pytest.mark.parametrize('kind', ['floats', 'bytes'])
+@pytest.mark.parametrize('normalize', [None, (.5,.25)])
+def test_fastai_predicts_interprets_and_exports(tmp_path, kind, normalize):
+    "The triple of `learn.predict` is the network's own answer, for an image of any kind, also after export"
+    import matplotlib.pyplot as plt
+    from fastai.interpret import ClassificationInterpretation
+    from fastai.learner import Learner, load_learner
+    from adverfine.models import cnn8
+    from adverfine.threat import pixel_space
+    names,g = [f'class {o}' for o in 'abcdefghij'],torch.Generator().manual_seed(0)
+    x,y = torch.randint(256, (60, 1, 8, 8), dtype=torch.uint8, generator=g),torch.arange(60)%10
+    if kind=='floats': x = x/255
+    dls = image_dls((x, y), (x, y), vocab=names, normalize=normalize, bs=16)
+    torch.manual_seed(0)
+    learn = Learner(dls, cnn8(size=8), path=tmp_path)
+    image = x[7]
+    as_bytes = image if kind=='bytes' else (image*255).round().byte()
+    Image.fromarray(as_bytes[0].numpy()).save(tmp_path/'7.png')
+    want = pixel_space(dls).wrap(learn.model.eval())((as_bytes/255)[None].to(dls.device)).softmax(1)[0].cpu()
+    def answers(learn):
+        with learn.no_bar():
+            items = [image, as_bytes/255, as_bytes.numpy(), Image.open(tmp_path/'7.png'), tmp_path/'7.png', str(tmp_path/'7.png'), dls.valid_ds.__class__(x[7:8], y[7:8], names)[0]]
+            for item in items:
+                name,number,probabilities = learn.predict(item)
+                assert torch.allclose(probabilities, want, atol=1e-6, rtol=0)
+                assert name==names[int(want.argmax())] and number==want.argmax()
+    answers(learn)
+    with learn.no_bar():
+        for draw in (dls.show_batch, learn.show_results, lambda: ClassificationInterpretation.from_learner(learn).plot_top_losses(4)):
+            plt.close('all')
+            draw()
+            assert sum(bool(ax.images) for ax in plt.gcf().axes)>=4
+        labelled = dls.test_dl([(x[k], y[k]) for k in range(20)])
+        assert torch.equal(learn.get_preds(dl=labelled)[1].as_subclass(torch.Tensor), y[:20])
+        assert learn.get_preds(dl=dls.test_dl(list(x[:20])))[1] is None
+    learn.export('m.pkl')
+    answers(load_learner(tmp_path/'m.pkl'))
+
+@pytest.mark.parametrize('item,why', [
+    (torch.rand(8, 8), 'channel axis'), (torch.rand(1, 9, 8), r'\(1, 9, 8\).*\(1, 8, 8\)'), (np.zeros((8, 8, 3), np.uint8), r'\(8, 8, 3\).*\(1, 8, 8\)'),
+    (Image.new('RGB', (8, 8)), r'\(3, 8, 8\).*\(1, 8, 8\)'), (torch.rand(1, 8, 8)*255, r'pixels in \[0,1\]'), (torch.zeros(1, 8, 8).long(), 'int64')])
+def test_odd_images_are_refused(item, why):
+    with pytest.raises(ValueError, match=why): digits_dls(n_train=100).test_dl([item])

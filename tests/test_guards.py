@@ -164,7 +164,7 @@ def test_the_margin_is_taken_on_rescaled_logits():
     assert _value('scaled_margin', _case(_linear(), attacks=attacks, gap=.2))==0
     net = Counting(_linear())
     _measure('scaled_margin', _case(net, gap=.2))
-    assert net.calls==1+21+1
+    assert net.calls==1+21+2
     assert _measure('scaled_margin', _case(_blind())) is None and _measure('scaled_margin', _case(_linear(), twin=_linear())) is None
 
 def test_black_box():

@@ -196,7 +196,7 @@ def _child(tree, what, took, result):
         watch = _Watch(took)
         code = pytest.main([*shlex.split(what), '-x', '-q', '-p', 'no:cacheprovider', '--rootdir', str(tree), '--basetemp', str(result.parent/'pytest')], plugins=[watch])
         if code: watch.failed = watch.failed or f'{what} (exit code {code})'
-    assert Path(sys.modules['adverfine'].__file__).is_relative_to(tree)
+    assert 'adverfine' not in sys.modules or Path(sys.modules['adverfine'].__file__).is_relative_to(tree)
     result.write_text(json.dumps(dict(failed=watch.failed, took=watch.spent)))
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(0)

@@ -5,6 +5,7 @@ from torch import nn
 from adverfine.attacks import *
 from adverfine.autoattack import *
 from adverfine.guards import *
+from adverfine.guards import _Rescaled
 from adverfine.models import *
 
 class Then(nn.Module):
@@ -166,6 +167,16 @@ def test_the_margin_is_taken_on_rescaled_logits():
     _measure('scaled_margin', _case(net, gap=.2))
     assert net.calls==1+21+2
     assert _measure('scaled_margin', _case(_blind())) is None and _measure('scaled_margin', _case(_linear(), twin=_linear())) is None
+
+def test_rescaled_logits_have_unit_size_and_a_constant_scale():
+    net,x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)),torch.rand(5, 1, 2, 2, requires_grad=True)
+    for scale in (1e-20, 1., 1e6):
+        big = Then(lambda x: net(x)*scale)
+        out = _Rescaled(big)(x)
+        torch.testing.assert_close(out, net(x)/net(x).std(1, keepdim=True).clamp_min(1e-12/scale if scale<1e-6 else 0))
+        grad = torch.autograd.grad(out[:,0].sum(), x)[0]
+        torch.testing.assert_close(grad, torch.autograd.grad((net(x)[:,0]/net(x).detach().std(1).clamp_min(1e-12/scale if scale<1e-6 else 0)).sum(), x)[0])
+    assert _Rescaled(Then(lambda x: torch.zeros(2, 3)))(x).tolist()==[[0]*3]*2
 
 def test_black_box():
     net = _linear()

@@ -21,14 +21,14 @@ os.environ.update(OMP_NUM_THREADS='1', MPLBACKEND='agg')
 # What belongs to a module: its pages, and its tests as arguments of pytest
 belongs = dict(
     threat       = ['nbs/00_threat.ipynb', 'tests/test_threat.py'],
-    attacks      = ['nbs/04_attacks.ipynb', 'tests/test_attacks.py -k "not (random_starts or batch_size or bf16_crafts)"'],
-    autoattack   = ['nbs/05_autoattack.ipynb', 'tests/test_autoattack.py', 'tests/test_evaluation.py -k "as_strong or no_weaker or published or any_size or too_few"'],
+    attacks      = ['nbs/04_attacks.ipynb', 'tests/test_gradient_attacks.py', 'tests/test_attacks.py -k "budget or behind or caller or bad_images or paper or zero_grad"'],
+    autoattack   = ['nbs/05_autoattack.ipynb', 'tests/test_autoattack.py', 'tests/test_evaluation.py -k "published or any_size or too_few"'],
     channels     = ['nbs/05a_channels.ipynb', 'nbs/06_pruning.ipynb', 'tests/test_pruning.py', 'tests/test_compression.py -k "head or criteri or taylor or prune_sees or twice or stream or refuses"'],
     pruning      = ['nbs/06_pruning.ipynb', 'tests/test_pruning.py', 'tests/test_compression.py -k "plans or floor or macs or state_is_cut or head or prune_refuses or prune_sees or in_a_fit"'],
     quantization = ['nbs/07_quantization.ipynb', 'tests/test_quantization.py', 'tests/test_compression.py -k "formula or twin or sums or calibrat or bits"'],
     objectives   = ['nbs/09_objectives.ipynb', 'tests/test_objectives.py'],
     guards       = ['nbs/11_guards.ipynb', 'tests/test_guards.py'],
-    evaluation   = ['nbs/12_evaluation.ipynb', 'tests/test_evaluation.py'],
+    evaluation   = ['nbs/12_evaluation.ipynb', 'tests/test_report.py'],
     checkpoint   = ['nbs/13_checkpoint.ipynb', 'tests/test_checkpoint.py'])
 
 preload = 'fastai.vision.all torchattacks torch_pruning torchvision safetensors.torch nbdev.test pytest sklearn.datasets pandas'.split()

@@ -9,11 +9,12 @@ __all__ = ['AdversarialTraining', 'RobustAccuracy', 'FreeAdversarialTraining', '
 
 # %% ../nbs/10_adversarial.ipynb #d093191b
 import warnings
-import torch
+import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from safetensors.torch import save
 from fastcore.basics import GetAttr
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.mixup import MixHandler
 from fastai.learner import Metric
 from fastai.torch_core import join_path_file, rank_distrib
 from .threat import *
@@ -24,12 +25,18 @@ from .acceleration import *
 from .objectives import *
 
 # %% ../nbs/10_adversarial.ipynb #3982050c
-class _AdversarialBatches(Callback):
+class _AdversarialBatches(WhileAttached):
     "What callbacks that train on adversarial images share: they keep memory, and end a fit whose loss is no number"
     order,run_valid = 20,False
 
     def before_fit(self):
         if next(bare(self.model).parameters()).device.type=='cpu': keep_memory()
+        agree_on_cpu(self.learn.dls)
+
+    @property
+    def mix(self):
+        "The `MixUp` or `CutMix` of this fit, if there is one"
+        return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
 
     def after_loss(self):
         if not torch.isfinite(self.learn.loss).all():
@@ -46,34 +53,56 @@ class AdversarialTraining(_AdversarialBatches):
         if objective is not None and teacher is not None: raise ValueError(f"objective={type(objective).__name__} and a teacher: give one of the two, a teacher means RSLAD(teacher)")
         self.attack,self.objective = attack,objective or (Madry() if teacher is None else RSLAD(teacher))
         self.objective.check(attack)
+        self.labels_loss = None
+
+    def before_fit(self):
+        super().before_fit()
+        if self.mix is not None: self.objective.check_mixed(self.attack)
 
     def before_batch(self):
-        space,clean,y = _space(self.learn),self.xb[0].as_subclass(Tensor),self.yb[0].as_subclass(Tensor)
-        bf16 = any(isinstance(cb, BF16) for cb in self.learn.cbs)
-        if self.iter==0: self.fast = crafting_network(self.model, clean[:2])
-        model = self.model if self.fast is None else self.fast.prepare(bf16)
-        with torch.autocast(clean.device.type, torch.bfloat16, enabled=bf16): self.target = self.objective.target(model, clean, y)
+        space,clean = _space(self.learn),self.xb[0].as_subclass(Tensor)
+        if self.iter==0: self.fast = crafting_network(self.model, clean[:2], in_bf16(self.model))
+        model = self._crafted_on()
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=in_bf16(self.model)):
+            self.target = self.objective.target(model, clean, self._labels())
         try: x_adv = space.from_pixels(self.attack(space.wrap(model), space.to_pixels(clean), self.target))
         except ValueError as e: raise ValueError(f"{e} (epoch {self.epoch}, batch {self.iter})") from e
         self.learn.xb = (torch.cat([x_adv, clean]) if self.objective.looks_at_clean else x_adv, *self.xb[1:])
 
-    def after_fit(self): self.fast = None
+    def _crafted_on(self): return self.model if self.fast is None else self.fast.prepare(in_bf16(self.model))
+
+    def _labels(self):
+        "The labels (N,) of the batch, or the probabilities (N,classes) of a mixed one"
+        y = self.yb[0].as_subclass(Tensor)
+        if self.mix is None or y.is_floating_point(): return y
+        one,other = (F.one_hot(o.as_subclass(Tensor), self.dls.c).float() for o in (self.mix.yb1[0], y))
+        return torch.lerp(one, other, torch.as_tensor(self.mix.lam, dtype=one.dtype).view(-1, 1))
 
     def halves(self, pred):
         "The network's logits for attacked images and, where the objective looks at them, clean ones"
         return pred.chunk(2) if self.objective.looks_at_clean else (pred, None)
 
-    def loss_of(self, adv, clean):
-        "The objective of the batch in hand, for logits from `halves`"
+    def loss_of(self, adv, clean, loss_func):
+        "The objective of the batch in hand, for logits from `halves`; `loss_func` is the Learner's"
         y = self.yb[0].as_subclass(Tensor)
-        return self.objective(adv, clean, y, self.target, lambda pred, _: self.learn.loss_func(pred, *self.yb))
+        return self.objective(adv, clean, y, self.target, lambda pred, _: loss_func(pred, *self.yb))
 
-    def after_pred(self): self.learn.pred,self.clean = self.halves(self.pred)
+    def after_pred(self):
+        self.learn.pred,self.clean = self.halves(self.pred)
+        self.labels_loss,self.learn.loss_func = self.learn.loss_func,self._once
 
-    def after_loss(self):
-        self.learn.loss_grad = self.loss_of(self.pred, self.clean)
-        self.learn.loss = self.loss_grad.clone()
-        super().after_loss()
+    def _once(self, pred, *yb):
+        "What stands in for the Learner's loss function, and steps back when it is called"
+        loss_func = self.labels_loss
+        self._step_back()
+        return self.loss_of(pred, self.clean, loss_func) if self.training else loss_func(pred, *yb)
+
+    def _step_back(self):
+        if self.labels_loss is not None: self.learn.loss_func,self.labels_loss = self.labels_loss,None
+
+    def after_cancel_batch(self): self._step_back()
+    def after_fit(self): self.fast = self.clean = self.target = None
+    def detach(self): self._step_back()
 
 def _space(learn):
     "The pixel space of the batches in hand; where they come as a bare list, as in `show_results`, that of the Learner's DataLoaders"
@@ -86,9 +115,10 @@ class RobustAccuracy(Metric):
         attack:Attack, # Crafts the adversarial images
         n:int|None=None, # Attack only so many images, drawn at random; default: all
         seed:int=0, # Of the draw and of the attack's random starts, the same for every validation
+        name:str|None=None, # Of the column, and for callbacks that watch it; default: from the attack, such as 'robust PGD-10 eps=0.1'
     ):
         if n is not None and n<1: raise ValueError(f"n={n} must be 1 or more: it is the number of images to attack; leave it out for all")
-        self.attack,self.n,self.seed = attack,n,seed
+        self.attack,self.n,self.seed,self._name = attack,n,seed,name
 
     def reset(self): self.right,self.count,self.seen,self.generator = 0,0,0,None
 
@@ -116,7 +146,9 @@ class RobustAccuracy(Metric):
     @property
     def value(self): return self.right/self.count if self.count else None
     @property
-    def name(self): return 'robust_accuracy'
+    def name(self):
+        norm = '' if self.attack.norm=='linf' else f' {self.attack.norm}'
+        return self._name or f'robust {self.attack.name}{norm} eps={self.attack.eps:.3g}'
 
 # %% ../nbs/10_adversarial.ipynb #073ca066
 class FreeAdversarialTraining(_AdversarialBatches):
@@ -129,6 +161,11 @@ class FreeAdversarialTraining(_AdversarialBatches):
     ):
         self.attack,self.replays = FGSM(eps, norm=norm, clamp=clamp),replays
         if not replays>=2: raise ValueError(f"replays={replays} must be 2 or more: with less, no batch is ever attacked")
+
+    def before_fit(self):
+        super().before_fit()
+        if self.mix is not None: raise ValueError(f"{self.mix.name} mixes other images in each replay, which leaves FreeAdversarialTraining nothing to move on: "
+                                                  "use AdversarialTraining with it")
 
     def before_train(self): self.learn.dl,self.delta = _Replayed(self.dl, self.replays),None
 

@@ -232,3 +232,4 @@ def adopt(
         for old in [o for o in states if o in heirs]:
             new = {k: (state or keep)(old, k, v) if isinstance(v, Tensor) and v.shape==old.shape else v for k,v in states.pop(old).items()}
             states[heirs[old]] = {k: v for k,v in new.items() if v is not None}
+        for new in [q for qs in added.values() for q in qs]: states.setdefault(new, {})   # a loaded optimizer makes none by itself

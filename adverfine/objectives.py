@@ -24,6 +24,10 @@ class Objective:
     def check(self, attack:Attack):
         "Raise a `ValueError` if this objective has no use for such an attack"
 
+    def check_mixed(self, attack:Attack):
+        "Raise a `ValueError` if the two have no use for images that MixUp or CutMix has mixed, which have two labels each"
+        if not attack.soft: raise ValueError(f"{attack.name} climbs away from one label, and a mixed image has two: use PGD, FGSMRS or NFGSM with MixUp")
+
     def target(self,
         model, # The network
         x:Tensor, # The clean batch (N,C,H,W), as the network takes it
@@ -82,6 +86,9 @@ class MART(Objective):
     ):
         if not lam>=0: raise ValueError(f"lam={lam} must be 0 or more: it is the weight of the divergence; 5 is usual")
         self.lam = lam
+
+    def check_mixed(self, attack):
+        raise ValueError("MART weighs an image by the probability of its label, and a mixed image has two: use Madry, TRADES or RSLAD with MixUp")
 
     def __call__(self, adv, clean, y, target, base):
         logp = adv.log_softmax(1)

@@ -115,7 +115,8 @@ class AWP(WhileAttached):
         network = bare(self.model)
         weights = [p for p in network.parameters() if p.requires_grad and p.dim()>1]
         buffers = [(b, b.clone()) for b in network.buffers()]
-        with torch.random.fork_rng(devices=[]): loss = self.adversarial.loss_of(*self.adversarial.halves(network(*self.xb)))
+        with torch.random.fork_rng(devices=[]):
+            loss = self.adversarial.loss_of(*self.adversarial.halves(network(*self.xb)), self.learn.loss_func)
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
         for b,old in buffers: b.copy_(old)
         self.saved = [(p, p.detach().clone()) for p in weights]

@@ -155,7 +155,7 @@ def inference_race(
     rounds:int=5, # Turns of five calls that each takes; the median counts
 ) -> dict: # A row for each network, engine, batch and kind: milliseconds, and how many times faster than dense float32 in the same engine
     "Dense, pruned and quantized networks in one engine after another"
-    missing,rows = [f'{e} (pip install {m})' for e,m in [*((e, m) for e,(_,m) in _engines.items()), ('int8 in eager and Inductor', 'torchao')] if not find_spec(m)],[]
+    missing,rows = [f"{e} (pip install 'adverfine[bench]')" for e,m in [*((e, m) for e,(_,m) in _engines.items()), ('int8 in eager and Inductor', 'torchao')] if not find_spec(m)],[]
     names = [o for o in engines or _engines if find_spec(_engines[o][1])]
     sizes = {}
     for network,engine in tqdm([(n, e) for n in networks for e in names], desc='engines', delay=60):

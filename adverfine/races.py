@@ -132,13 +132,14 @@ _contestants = {
     'adverfine': lambda n: _ours(n, BF16()), 'adverfine compiled': lambda n: _ours(n, BF16(), Compile()), 'adverfine float32': lambda n: _ours(n, ChannelsLast()), 'bare loop': _by_bare_loop,
     'torchattacks': lambda n: _by_learner(n, _TorchattacksTraining()), 'ART': _by_art, 'plain loop': _by_plain_loop,
     'overhead': _overhead, 'matrices bfloat16': partial(_rate, dtype=torch.bfloat16), 'matrices float32': partial(_rate, dtype=torch.float32)}
-_needs = {'torchattacks': 'torchattacks', 'ART': 'art'}
+_needs = {'ART': 'art'}
 
 def training_step(
     who:str, # One of the names above; or 'matrices bfloat16', 'matrices float32', 'overhead'
     n:int=6, # Steps that are timed, after three that are not
 ) -> float: # Seconds of one step; for matrices, of one product of two of 2048 by 2048; for 'overhead', the Learner's share of a step
     "Time a step of adversarial training in this process"
+    if who in _needs and not find_spec(_needs[who]): raise ImportError(f"{who} is not installed: pip install 'adverfine[bench]'")
     return _contestants[who](n)/n
 
 def training_race(
@@ -166,7 +167,7 @@ def _summary(seconds, missing):
     parts = [dict(who=k, images_per_second=round(len(x)/v), of_arithmetic={kind: round(flop/v/r, 3) for kind,r in rate.items()}.get('float32' if k in peers or 'float32' in k else 'bfloat16'),
                   times_best_peer=round(best/v, 2) if best else None) for k,v in seconds.items()]
     result = dict(network=model.made_by['factory'].split('.')[-1], batch=len(x), attack=f'PGD-{_steps}', device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads',
-                  teraflops={k: round(r/1e12, 2) for k,r in rate.items()}, missing=[f'{k} (pip install {dict(art="adversarial-robustness-toolbox").get(m, m)})' for k,m in missing.items()], parts=parts)
+                  teraflops={k: round(r/1e12, 2) for k,r in rate.items()}, missing=[f"{k} (pip install 'adverfine[bench]')" for k in missing], parts=parts)
     return result | (dict(learner_overhead=round(overhead, 3)) if overhead is not None else {})
 
 # %% ../nbs/19_races.ipynb #79c7e585

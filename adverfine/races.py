@@ -8,13 +8,14 @@ Docs: https://adverfine.github.io/adverfine/races.html.md"""
 __all__ = ['training_step', 'training_race', 'precision_check', 'bits_check', 'recipe_race']
 
 # %% ../nbs/19_races.ipynb #5bb4f736
-import json, subprocess, sys, time
+import json, os, subprocess, sys, time
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 import pandas as pd, torch, torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import nn
@@ -77,6 +78,9 @@ _warm = 3
 
 def _ours(n, *cbs): return _by_learner(n, AdversarialTraining(PGD(_eps, steps=_steps)), *cbs)
 
+def _memory_given_back(n):
+    with patch.dict(os.environ, ADVERFINE_KEEP_MEMORY='0'): return _ours(n, ChannelsLast())
+
 def _by_bare_loop(n):
     model,x,y = _setting()
     keep_memory()
@@ -129,7 +133,8 @@ def _rate(n, dtype):
     return _timed(lambda: a@a, 10*n)/10
 
 _contestants = {
-    'adverfine': lambda n: _ours(n, BF16()), 'adverfine compiled': lambda n: _ours(n, BF16(), Compile()), 'adverfine float32': lambda n: _ours(n, ChannelsLast()), 'bare loop': _by_bare_loop,
+    'adverfine': lambda n: _ours(n, BF16()), 'adverfine compiled': lambda n: _ours(n, BF16(), Compile()), 'adverfine float32': lambda n: _ours(n, ChannelsLast()),
+    'adverfine float32, memory given back': _memory_given_back, 'bare loop': _by_bare_loop,
     'torchattacks': lambda n: _by_learner(n, _TorchattacksTraining()), 'ART': _by_art, 'plain loop': _by_plain_loop,
     'overhead': _overhead, 'matrices bfloat16': partial(_rate, dtype=torch.bfloat16), 'matrices float32': partial(_rate, dtype=torch.float32)}
 _needs = {'ART': 'art'}

@@ -246,7 +246,7 @@ def test_best_comes_back(tmp_path, end):
         if end=='error': raise KeyError('trouble')
     fit = lambda: _fit(learn, 4, 5e-3, cbs=[keep, Sabotage(2), *(At(i, lambda o: states.append(_state(o))) for i in range(4)), At(2, finish)])
     if end=='error':
-        with pytest.raises(KeyError): fit()
+        with pytest.raises(KeyError, match='trouble'): fit()
     else: fit()
     robust = [o[3] for o in learn.recorder.values]
     assert keep.best==robust[keep.epoch_of_best]==max(robust) and keep.last==robust[-1] and len(set(robust[:2]))==2

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 import torch
 from torch import nn, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from .models import evaluating, frozen
 
@@ -45,7 +46,7 @@ def macs(
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter: model(x)
+        with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: model(x)
     finally: torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops()//2//len(x)
 

@@ -6,8 +6,8 @@ Docs: https://adverfine.github.io/adverfine/data.html.md"""
 
 # %% auto #0
 __all__ = ['fashion_vocab', 'cifar_vocab', 'data_sets', 'GreyImage', 'ImageSet', 'BatchDL', 'SplitDataLoaders', 'as_image',
-           'image_dls', 'digits_dls', 'read_idx', 'fashion_mnist_dls', 'RandomCropFlip', 'cifar10_dls', 'pixels',
-           'training_batches']
+           'image_dls', 'digits_dls', 'read_idx', 'fashion_mnist_dls', 'RandomCropFlip', 'cifar10_dls', 'PixelImage',
+           'pixels', 'training_batches']
 
 # %% ../nbs/01_data.ipynb #bb6fd635
 import gzip, os, pickle, random, struct, zlib
@@ -23,7 +23,7 @@ from fastai.data.load import chunked
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import TensorImage, TensorCategory, default_device
+from fastai.torch_core import TensorBase, TensorImage, TensorCategory, default_device
 import fastai.vision.data, fastai.vision.learner  # how to show image batches, results and top losses
 from fasttransform import Transform
 from fastcore.meta import delegates
@@ -296,13 +296,18 @@ def cifar10_dls(
 data_sets = dict(digits=digits_dls, fashion_mnist=fashion_mnist_dls, cifar10=cifar10_dls)
 
 # %% ../nbs/01_data.ipynb #c92c8174
+class PixelImage(TensorBase):
+    "Pixels (N,C,H,W) in [0,1] that remember the `PixelSpace` of the DataLoader that they come from, as `space`"
+    def clone(self, **kwargs): return PixelImage(super().clone(**kwargs), space=getattr(self, 'space', None)) # fastai's forgets
+
 def pixels(
     dl, # A fastai DataLoader
-) -> tuple: # Images (N,C,H,W) in [0,1] and labels (N,), on the CPU
+) -> tuple: # Images (N,C,H,W) in [0,1], a `PixelImage` if `dl` normalises, and labels (N,), on the CPU
     "Everything in `dl`, normalisation undone"
     space = pixel_space(dl)
     xs,ys = zip(*((space.to_pixels(b[0]).cpu(), b[1].as_subclass(Tensor).cpu()) for b in dl))
-    return torch.cat(xs),torch.cat(ys)
+    x = torch.cat(xs)
+    return PixelImage(x, space=space) if space.norms else x,torch.cat(ys)
 
 def training_batches(
     learn:Learner,

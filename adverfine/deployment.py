@@ -139,7 +139,7 @@ _tie = .05 # Of the spread of the logits: as much as rounding in another order c
 def _images(learn, n=1000):
     "`n` images as pixels, from validation and then from training"
     found = pixels(learn.dls.valid)[0][:n]
-    return torch.cat([found, pixels(learn.dls.train)[0][:n-len(found)]]) if len(found)<n else found
+    return (torch.cat([found, pixels(learn.dls.train)[0][:n-len(found)]]) if len(found)<n else found).as_subclass(Tensor)
 
 # %% ../nbs/15_deployment.ipynb #444fcd33
 def _need(*packages, extra='onnx'):

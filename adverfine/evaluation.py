@@ -159,6 +159,7 @@ def evaluate(
     "Clean and robust accuracy of `model`: right clean and under every attack"
     start,attacks = time.perf_counter(),_in_order(attacks)
     threat = attacks[0].threat
+    for o in (model, parent, twin, *(getattr(a, 'surrogate', None) for a in attacks)): check_takes_pixels(o, x)
     x,y = (o.detach().as_subclass(Tensor) for o in (x, y))
     check_images(x)
     if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
@@ -248,7 +249,7 @@ def robustness(self:Learner,
 ) -> RobustnessReport:
     "Clean and robust accuracy of this Learner's network: right clean and under every attack; or that of `deployed`, attacked through this network and by `Square`"
     if dl is None: dl = self.dls[min(2, len(self.dls.loaders)-1)]
-    attacks,(x,y),space = _in_order(attacks),pixels(dl),pixel_space(dl)
+    attacks,(x,y),space = _in_order(attacks),(o.as_subclass(Tensor) for o in pixels(dl)),pixel_space(dl)
     if n is not None and not 1<=n<=len(x): raise ValueError(f"n={n}: there are {len(x)} images")
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
     model = space.wrap(self.model)

@@ -199,12 +199,16 @@ def _fast(): return [BF16()] if bf16_is_fast() else []
 def _cnn8(dls): return cnn8(size=dls.valid.dataset.x.shape[-1])
 
 # %% ../nbs/19_races.ipynb #d82ea77e
+def _that_matter(kwargs):
+    "Arguments of a data set, less those that say where its files are"
+    return {k: v for k,v in kwargs.items() if k not in ('path', 'download')}
+
 class _Folder:
     "Where the results of a race are kept, all of them made with the same `settings`"
     def __init__(self, out, **settings):
-        self.out = Path(out)
+        self.out,settings = Path(out),json.loads(json.dumps(settings, default=str))
         self.out.mkdir(parents=True, exist_ok=True)
-        kept,settings = self('race', lambda: settings),json.loads(json.dumps(settings))
+        kept = self('race', lambda: settings)
         if kept!=settings: raise ValueError(f"{self.out} holds a race with {kept}, and this one has {settings}: give another folder as out")
 
     def __call__(self, name, measure):
@@ -235,7 +239,7 @@ def bits_check(
     **kwargs # For the data set, such as `path`
 ) -> dict: # Clean and robust accuracy of the parent, and of each twin before and after fine-tuning
     "What few bits cost `cnn8` in robust accuracy"
-    folder = _Folder(out, epochs=epochs, parent_epochs=parent_epochs, data=data)
+    folder = _Folder(out, epochs=epochs, parent_epochs=parent_epochs, data=data, **_that_matter(kwargs))
     dls = data_sets[data](seed=seed, **kwargs)
     parent = folder.network(f'parent-{seed}', _cnn8(dls), lambda: _robust_cnn8(dls, seed, parent_epochs))
     def judged(model):
@@ -288,7 +292,7 @@ class _Heats:
     kwargs:dict
 
     def __post_init__(self):
-        self.kept = _Folder(self.out, seconds=self.seconds, n=self.n, lr=self.lr, data=self.data)
+        self.kept = _Folder(self.out, seconds=self.seconds, n=self.n, lr=self.lr, data=self.data, **_that_matter(self.kwargs))
         self.dls,self.attack = data_sets[self.data](seed=self.seed, **self.kwargs),PGD(_eps, steps=5)
         self.parent = self.kept.network(f'parent-{self.seed}', _cnn8(self.dls), lambda: _robust_cnn8(self.dls, self.seed))
         self.teacher = deepcopy(self.parent).to(memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -10,7 +10,6 @@ __all__ = ['WeightAverage', 'AWP', 'EpsilonWarmup', 'compress']
 # %% ../nbs/14_recipes.ipynb #1e036570
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -155,9 +154,8 @@ class EpsilonWarmup(WhileAttached):
         self._full = self.adversarial.attack
 
     def before_batch(self):
-        share,full = min(1, self.learn.pct_train/self.pct),self._full
-        step = {'step_size': share*full.step_size} if getattr(full, 'step_size', None) and share else {}
-        self.adversarial.attack = replace(full, eps=share*full.eps, **step) if share<1 else full
+        share = self.learn.pct_train/self.pct
+        self.adversarial.attack = self._full.scaled(share) if share<1 else self._full
 
     def after_fit(self): self.detach()
     def detach(self):

@@ -86,7 +86,8 @@ def in_words(
             "The test images served for the final evaluation of each network and for nothing else; quantizers were calibrated on training images. "
             "Intervals are 95 % (Wilson) for the sampling of test images alone. "
             "Robust accuracy against one attack is an upper bound, for quantized networks especially: rounding can hide gradients from an attack that stronger ones would find. Where the guards found a sign of that, the figure carries a ≤. "
-            "Quantized networks are differentiable twins in floating point: their bytes are what the integer network stores, their latency is the twin's own.")
+            "Quantized networks are differentiable twins in floating point: their bytes are what the integer network stores, their latency is the twin's own. "
+            + versions(study.results())).strip()
 
 _css = """body{font:16px/1.5 system-ui,sans-serif;color:#223;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}h1{font-weight:600;margin-bottom:.2rem}p{max-width:46rem}
 img{max-width:100%}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin:.6rem 0 1.6rem}th{text-align:left;border-bottom:2px solid #99a;font-weight:600}

@@ -66,7 +66,7 @@ def robust_sensitivity(
 ) -> Sensitivity: # Show it with `plot`
     "Cut one group of layers at a time and attack what is left"
     model,space,x = bare(learn.model),pixel_space(learn.dls),example_images(learn)
-    px,y = (o[:n].to(x.device) for o in pixels(learn.dls.valid))
+    px,y = (o[:n].to(x.device).as_subclass(torch.Tensor) for o in pixels(learn.dls.valid))
     model = copy.deepcopy(model)
     with opened(model, x), traceable(model): groups = channel_groups(model, x)[1]
     right,rows = lambda m: _right(space.wrap(m), attack, px, y),[]

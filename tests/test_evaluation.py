@@ -262,3 +262,20 @@ def test_nothing_right_and_quantized(model, right):
     quantize(small, 8, [right[0][:64]])
     with torch.no_grad(): wrong = (small(right[0]).argmax(1)+1)%10
     assert evaluate(small, right[0], wrong, PGD(.1)).clean==0
+
+def test_pixels_for_a_network_that_wants_normalised_images_are_refused():
+    learn = Learner(digits_dls(normalize=(.5,.25), n_train=300), cnn8(size=8))
+    x,y = (o[:40] for o in pixels(learn.dls.test))
+    space,attack = pixel_space(learn.dls),PGD(.1, steps=2)
+    wrapped = space.wrap(learn.model)
+    why = r'pixel_space\(dls\)\.wrap\(learn\.model\).*learn\.robustness'
+    for given in (x, x[:7], x.clone(), torch.cat([x, x])[:40], x.to(torch.float32)):
+        with pytest.raises(ValueError, match=why): evaluate(learn.model, given, y[:len(given)], attack, progress=False)
+        with pytest.raises(ValueError, match=why): attack(learn.model, given, y[:len(given)])
+    with pytest.raises(ValueError, match=why): evaluate(wrapped, x, y, Transfer(attack, learn.model), progress=False)
+    with pytest.raises(ValueError, match=why): Transfer(attack, learn.model)(wrapped, x, y)
+    report = evaluate(nn.Sequential(wrapped), x, y, attack, progress=False)
+    assert report.clean==evaluate(lambda o: wrapped(o), x, y, Square(.1, queries=5), progress=False).clean
+    evaluate(learn.model, x.as_subclass(torch.Tensor), y, attack, progress=False)
+    assert type(attack(wrapped, x, y)) is torch.Tensor and type(y) is torch.Tensor
+    assert type(pixels(digits_dls(n_train=300).test)[0]) is torch.Tensor

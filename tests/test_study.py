@@ -1,5 +1,5 @@
 "A study that is killed, interrupted, extended or misused"
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time, warnings
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file
@@ -54,7 +54,7 @@ def test_extended_not_repeated(tmp_path):
     assert len(more.run(progress=False))==12
     assert len(stamp)==6 and all(f.stat().st_mtime_ns==t for f,t in stamp.items())
     df = pd.read_csv(tmp_path/'results.csv')
-    assert list(df.columns)=='data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs bytes latency_ms seconds'.split()
+    assert list(df.columns)=='data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs bytes latency_ms seconds version'.split()
     assert df.notna().all().all() and (df.robust<df.clean).all()   # PGD takes something of each
     net,test = cnn8(size=8).eval(),digits_dls(n_train=300, n_test=60).test
     net.load_state_dict(load_file(next((tmp_path/'parents').iterdir())))
@@ -103,3 +103,29 @@ def test_a_folder_belongs_to_whoever_came_first(tmp_path):
     time.sleep(.1)
     for o in claims: o.stdin.write('\n'); o.stdin.flush()
     assert sorted(o.wait() for o in claims)==[0, 3, 3]
+
+def test_one_number_of_bits():
+    with pytest.raises(ValueError, match=r'one number of bits.*quantize\(bits=\(1, 8\)\) takes two'): Study('digits', bits=((1, 8),))
+
+def test_rows_of_several_versions_are_said_to_be(tmp_path):
+    import adverfine
+    study = Study('digits', out=tmp_path, **dict(tiny, levels=(), bits=()))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        assert set(study.run(progress=False).version)=={adverfine.__version__}
+    assert not [o for o in said if 'several versions' in str(o.message)] and 'several versions' not in in_words(study)
+    first,second = sorted((tmp_path/'cells').iterdir())[:2]
+    row = json.loads(first.read_text())
+    first.write_text(json.dumps({k: v for k,v in row.items() if k!='version'}))      # as it was once written
+    second.write_text(json.dumps(json.loads(second.read_text()) | dict(version='0.0.1')))
+    with pytest.warns(UserWarning, match='several versions.*0.0.1'): df = study.run(progress=False)
+    assert sorted(df.version)==sorted(['unknown', '0.0.1', adverfine.__version__])
+    assert pd.read_csv(tmp_path/'results.csv').columns[-1]=='version'
+    assert '1 by unknown' in in_words(study) and '1 by 0.0.1' in write_report(study)['report.html'].read_text()
+
+def test_a_race_with_other_images_is_another(tmp_path):
+    from adverfine.races import _Folder, _that_matter
+    def folder(**kwargs): return _Folder(tmp_path, data='digits', **_that_matter(kwargs))
+    folder(n_train=100, path='here')
+    folder(n_train=100, path='there', download=True)
+    with pytest.raises(ValueError, match='n_train'): folder(n_train=200, path='here')

@@ -170,6 +170,44 @@ def test_warmup_scales_steps_too():
     assert all(abs(a.step_size-.4*a.eps) < 1e-9 for a in seen if a.eps)
     assert [a.eps for a in seen]==sorted(a.eps for a in seen)
 
+def _transferred(): return Transfer(PGD(.1, steps=1, step_size=.04), cnn8(size=8).eval())
+def _theirs():
+    import torchattacks
+    return TorchAttack(torchattacks.PGD, .1, steps=1, alpha=.04)
+
+@pytest.mark.parametrize('make', [_transferred, _theirs])
+def test_warmup_of_attacks_with_arguments_of_their_own(make):
+    learn,seen,attack = _learner(),[],make()
+    class Watch(Callback):
+        order = 21
+        def before_batch(self):
+            if self.training: seen.append(self.learn.adversarial_training.attack)
+    _fit(learn, 4, cbs=[AdversarialTraining(attack), EpsilonWarmup(.5), Watch()])
+    budgets = [a.eps for a in seen]
+    n = len(budgets)
+    assert budgets[0]==0 and budgets[-1]==.1 and seen[-1]==attack
+    assert all(abs(b-.1*min(1, 2*k/n))<1e-6 for k,b in enumerate(budgets))
+    assert all(type(a) is type(attack) and getattr(a, 'surrogate', None) is getattr(attack, 'surrogate', None) for a in seen)
+    step = lambda a: a.attack.step_size if isinstance(a, Transfer) else dict(a.kwargs)['alpha']
+    assert all(abs(step(a)-.4*a.eps)<1e-9 for a in seen if a.eps)
+    x,y = torch.rand(4, 1, 8, 8),torch.arange(4)
+    for share in (0, .5, 1): assert (attack.scaled(share)(learn.model.eval(), x, y)-x).abs().max()<=.1*share+1e-6
+    with pytest.raises(ValueError, match='share=2'): attack.scaled(2)
+
+def test_replace_makes_another_attack():
+    from dataclasses import replace
+    a,b = _transferred(),_theirs()
+    other = cnn8(size=8)
+    assert replace(a, surrogate=other).surrogate is other and replace(a, attack=FGSM(.2)).eps==.2
+    assert replace(b, eps=.2).eps==.2 and replace(b, eps=.2).kwargs==b.kwargs and replace(b)==b
+
+@pytest.mark.parametrize('objective', [lambda: TRADES(6), lambda: RSLAD(cnn8(size=8).eval())])
+def test_objectives_on_probabilities_take_transferred_pgd(objective):
+    before = _weights(learn := _learner())
+    _fit(learn, cbs=AdversarialTraining(_transferred(), objective()))
+    assert not torch.equal(before, _weights(learn))
+    with pytest.raises(ValueError, match='does not take'): _fit(learn, cbs=AdversarialTraining(Transfer(_theirs(), learn.model), objective()))
+
 def test_free_replays_and_keeps_the_budget():
     learn,far = _learner(),[]
     class Watch(Callback):

@@ -85,7 +85,7 @@ def _by_bare_loop(n):
     model,x,y = _setting()
     keep_memory()
     model.to(memory_format=torch.channels_last)
-    attack,opt,fast = PGD(_eps, steps=_steps),torch.optim.Adam(model.parameters(), 1e-3),crafting_network(model, x[:2])
+    attack,opt,fast = PGD(_eps, steps=_steps),torch.optim.Adam(model.parameters(), 1e-3),crafting_network(model, x[:2], bf16=True)
     def step():
         with torch.autocast(x.device.type, torch.bfloat16, enabled=fast is None): x_adv = attack(fast.prepare(bf16=True) if fast else model, x, y)
         with torch.autocast(x.device.type, torch.bfloat16): out = model(x_adv)

@@ -23,7 +23,10 @@ def learn():
 def model(learn): return pixel_space(learn.dls).wrap(learn.model).eval()
 
 @pytest.fixture(scope='module')
-def images(learn): return pixels(learn.dls.test)
+def images(learn):
+    "Plain tensors, which remember no DataLoader: networks of all kinds are asked about them"
+    x,y = pixels(learn.dls.test)
+    return x.as_subclass(Tensor),y
 
 def _right(model, x, y): return (model(x).argmax(1)==y).float().mean().item()
 

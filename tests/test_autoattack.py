@@ -74,6 +74,12 @@ class Bowl(nn.Module):
         a = 5+(steep*d*d).sum((1,2,3))
         return torch.stack([0*a, -a, -2*a, -3*a], 1)
 
+class Plateau(Bowl):
+    "The gradients of a bowl, and one loss everywhere"
+    def forward(self, x):
+        z = super().forward(x)
+        return torch.tensor([0., -1, -2, -3], dtype=x.dtype)+z-z.detach()
+
 def _reference_apgd(threat, f, grad, x, first, steps, rho=.75):
     "Algorithm 1 of the paper, with the whole-numbered windows of its authors' code, for one image"
     window,least,shrink = (max(int(o*steps), 1) for o in (.22, .06, .03))
@@ -104,8 +110,8 @@ def test_apgd_is_the_algorithm_of_the_paper(norm, loss, steps):
     x = torch.full((3, 1, 2, 2), .5, dtype=torch.float64) + torch.tensor([0., .1, -.1]).view(3, 1, 1, 1)
     labels = torch.zeros(3, dtype=torch.long)
     attack = APGD(.2, norm=norm, steps=steps, loss=loss)
-    for peak in (torch.tensor([.53, .41, .5, .62]), torch.tensor([.9, .1, .55, .5])):
-        net = Spy(Bowl(peak.double().view(1, 1, 2, 2)))
+    for kind,peak in (Bowl, [.53, .41, .5, .62]), (Bowl, [.9, .1, .55, .5]), (Plateau, [.53, .41, .5, .62]):
+        net = Spy(kind(torch.tensor(peak).double().view(1, 1, 2, 2)))
         found = attack(net, x, labels, _seed())
         first = attack._start(x, _seed())
         asked = net.seen[:]
@@ -246,6 +252,16 @@ def test_fab_takes_the_steps_of_the_paper(norm, clamp):
         asked += [adv,new]
         adv = x+.9*(new-x) if net.net(new).argmax(1)!=label else new
     torch.testing.assert_close(torch.stack(net.seen[1:13]), torch.stack(asked), rtol=1e-4, atol=1e-6)
+
+@norms
+def test_without_slopes_nothing_moves(norm):
+    "Neither NaN nor a change that gains nothing"
+    net,x = Spy(lambda x: torch.tensor([3., 2, 1, 0]).repeat(len(x), 1)+0*x.flatten(1)[:,:1]),torch.rand(2, 1, 4, 4, generator=_seed())
+    labels = torch.zeros(2, dtype=torch.long)
+    assert torch.equal(FAB(.1, norm=norm, steps=3)(net, x, labels), x)
+    assert APGD(.1, norm=norm, steps=3)(net, x, labels).isfinite().all()
+    net.seen.clear()
+    assert torch.equal(Square(.1, norm=norm, queries=20)(net, x, labels, _seed()), net.seen[0])
 
 def test_fab_refuses():
     for kw,why in [(dict(eps=.1, steps=0), 'steps=0'), (dict(eps=.1, targets=0), 'targets=0'), (dict(eps=8), '8/255')]:

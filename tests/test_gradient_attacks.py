@@ -152,7 +152,7 @@ class Half(nn.Module):
 
 def test_gradients_in_float16_neither_vanish_nor_overflow():
     x,y = torch.full((1, 1, 2, 2), .5),torch.tensor([0])
-    for w in ([8., 8, 8, 8], [3000., -3000, 3000, -3000], [-4000., 4000, 4000, -4000]):
+    for w in ([8., 8, 8, 8], [9.5]*4, [3000., -3000, 3000, -3000], [-60000., 60000, 60000, -60000]):
         grad = input_grad(Half(w), x, y).flatten()
         p = 1-Half(w)(x).float().softmax(1)[0,0]
         torch.testing.assert_close(grad, -p*torch.tensor(w), rtol=.02, atol=0)
@@ -162,10 +162,9 @@ def test_gradients_in_float16_neither_vanish_nor_overflow():
         def forward(ctx, z): return z.half()
         @staticmethod
         def backward(ctx, g): return torch.stack([g[:,0]*0+float('inf'), g[:,1]*0-float('inf'), g[:,2]*0+float('nan')], 1)
-    pick = torch.eye(3, 4)
-    grad = input_grad(lambda x: Infinite.apply(x.flatten(1)@pick.T), x, y)
+    grad = input_grad(lambda x: Infinite.apply(x.flatten(1)[:,:3]), x, y)
     assert torch.equal(grad, torch.zeros_like(grad))                     # in the end what is not finite counts for nothing
-    part = lambda x: torch.cat([Infinite.apply(x.flatten(1)@pick.T)[:,:1]*0, Half([1., 2, 3, 4])(x)], 1)
+    part = lambda x: torch.cat([Infinite.apply(x.flatten(1)[:,:3])[:,:1]*0, Half([1., 2, 3, 4])(x)], 1)
     assert input_grad(part, x, y).isfinite().all()
 
 def test_transfer_crafts_on_its_surrogate():

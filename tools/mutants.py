@@ -2,11 +2,11 @@
 
     python tools/mutants.py                          # 30 faults in each module of `belongs`, with the seed 0
     python tools/mutants.py --module threat guards   # in these only
-    python tools/mutants.py --again                  # run the tests again on the survivors, after more were written
+    python tools/mutants.py --again --no-pages       # run the tests again on the survivors, after more were written
 
 A fault ("mutant") is a changed number, sign, comparison, condition or call. It is put into the module *and* into the cell of the
 notebook that the module was made from, in a copy of the project; then what belongs to the module runs, the quickest first, until
-something fails. What fails with the mutant, or takes longer than three times what it took without, has killed it. Results are
+something fails. What fails with the mutant, or takes three times as long as without and a minute more, has killed it. Results are
 kept in a file each under `--out`, so that an interrupted run goes on; survivors that do not matter are named, with the reason,
 in `tools/mutants.csv`. Not part of the continuous integration: it takes minutes for each module.
 """
@@ -224,7 +224,7 @@ def _try(tree, mutant, stages, file):
     undo,start,killer = _spoil(tree, mutant),time.perf_counter(),''
     try:
         for what,(seconds,took) in sorted(stages.items(), key=lambda o: o[1][0]):
-            killer,_,_ = run(tree, what, 3*seconds+20, took)
+            killer,_,_ = run(tree, what, 3*seconds+60, took)
             if killer: break
     finally: undo()
     file.write_text(json.dumps(dict(asdict(mutant), killed_by=killer, seconds=round(time.perf_counter()-start, 1)), indent=1), encoding='utf-8')
@@ -284,7 +284,8 @@ def main():
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--workers', type=int, default=2)
     p.add_argument('--out', type=Path, default=root/'studies/mutants')
-    p.add_argument('--again', action='store_true', help='run the tests, not the pages, again on those that survived')
+    p.add_argument('--again', action='store_true', help='run those again that survived')
+    p.add_argument('--no-pages', action='store_true', help='run the tests only, which is quicker')
     p.add_argument('--list', action='store_true', help='show the faults and run nothing')
     a = p.parse_args()
     drawn = [m for module in a.module for m in draw(module, a.n, a.seed)]
@@ -302,7 +303,7 @@ def main():
         try:
             for t in trees: _copy(t)
             for m,f in todo: f.parent.mkdir(exist_ok=True)
-            stages = {module: [o for o in belongs[module] if not (a.again and o.endswith('.ipynb'))] for module in dict.fromkeys(m.module for m,_ in todo)}
+            stages = {module: [o for o in belongs[module] if not (a.no_pages and o.endswith('.ipynb'))] for module in dict.fromkeys(m.module for m,_ in todo)}
             runs = list(dict.fromkeys(what for found in stages.values() for what in found))
             _parallel(trees, _measure, runs, mp.Value('i', 0), work)
             took = {what: json.loads((work/f'{i}.json').read_text()) for i,what in enumerate(runs)}

@@ -5,6 +5,7 @@ from torch import nn
 from fastai.vision.all import Callback, Learner, SGD
 from adverfine.attacks import *
 from adverfine.channels import *
+from adverfine.channels import _tied_to
 from adverfine.cost import *
 from adverfine.data import *
 from adverfine.models import *
@@ -148,7 +149,8 @@ def test_scores():
         s = _scores(net, f'l{p}')['3']
         last = net[6].weight.data.view(10, 6, 36).transpose(0, 1)
         _same_order(s, norm(net[3].weight.data)+norm(last))
-    _same_order(_scores(net, 'bn')['0'], net[1].weight.data.abs())
+    scale = net[1].weight.data.abs()
+    torch.testing.assert_close(_scores(net, 'bn')['0'], scale/scale.mean())
     assert torch.equal(_scores(net, 'bn')['3'], _scores(net, 'l1')['3'])                   # no BatchNorm behind it
     a,b = (_scores(net, 'random') for _ in range(2))
     assert all(torch.equal(a[k], b[k]) and a[k].unique().numel()==len(a[k]) for k in a)
@@ -214,6 +216,14 @@ def test_the_stream_of_a_transformer_stays():
     torch.manual_seed(0)
     net = _vit()
     assert [(g.name, g.n, type(g)) for g in _found(net)]==[('2.self_attn', 4, Heads), ('2.linear1', 48, Group)]
+
+def test_what_is_tied_to_an_attention():
+    net = _vit()
+    with opened(net, x), traceable(net):
+        graph,_ = channel_groups(net, x)
+        stream,mlp,attention = net[1],net[2].linear1,net[2].self_attn
+        assert _tied_to(graph, stream, {attention.out_proj}) and _tied_to(graph, net[2].linear2, {attention.out_proj, attention.in_proj})
+        assert not _tied_to(graph, mlp, {attention.out_proj, attention.in_proj}) and not _tied_to(graph, stream, {attention.in_proj, net[4]})    # who only reads it is not tied
 
 # --- cuts
 

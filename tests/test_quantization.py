@@ -208,6 +208,12 @@ def test_ends_and_single_layers():
         with pytest.raises(ValueError, match=why): quantize(net, **(dict(bits=4, batches=[x]) | kw))
         assert type(net[0]) is nn.Conv2d and not hooks() and net.training
 
+def test_settings_are_looked_at_before_the_images():
+    def untouched(): raise AssertionError('calibrated')
+    images = (untouched() for _ in range(1))
+    for kw in (dict(bits=5), dict(bits=4, ends=5), dict(bits=4, layers={'2': 5}), dict(bits=4, sums=5), dict(bits=4, calibration='kl')):
+        with pytest.raises(ValueError): quantize(cnn8(size=8), batches=images, **kw)
+
 def test_a_failed_calibration_leaves_the_twin():
     net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)
     quantize(net, 4, [x])

@@ -380,3 +380,30 @@ def test_evaluate_names_the_wrong_data_set(tmp_path, capsys):
     _learner(cnn8(3, size=32), _cifar()).save_compressed(tmp_path/'small')
     assert main(['evaluate', str(tmp_path/'small'), '--data', 'digits', '--eps', '0.1'])==2
     assert 'is for images of shape (3, 32, 32), and those of digits have (1, 8, 8)' in capsys.readouterr().err
+
+def attentive():
+    encoder = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.)
+    return nn.Sequential(nn.Flatten(2), nn.Linear(64, 32), encoder, nn.Flatten(), nn.Linear(32, 10))
+
+def test_attention_is_described_by_its_heads(tmp_path):
+    learn = _learner(attentive())
+    learn.prune(.5).save_compressed(tmp_path, factory=attentive)
+    assert _same(learn, load_compressed(tmp_path, attentive))
+    files = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    said = compressed_info(tmp_path)['layers']['2.self_attn']
+    assert said==dict(type='SelfAttention', num_heads=2)
+    for odd in (dict(num_heads=0), dict(num_heads=-2), dict(num_heads='2'), dict(num_heads=2.), dict(num_heads=True),
+                dict(num_heads=None), dict(type='Linear'), dict(more=1)):
+        record = json.loads(files['model.json'])
+        record.pop('checksum')
+        record['layers']['2.self_attn'].update(odd)
+        _write(tmp_path, _rehashed(files, record))
+        why = 'an attention, and described by' if 'type' not in odd else "layer '2.self_attn'"
+        with pytest.raises(ValueError, match=why): load_compressed(tmp_path, attentive)
+
+def test_sizes_that_are_no_numbers_are_named(saved, tmp_path):
+    for size in (0, -1, '6', 6., True, None, [6]):
+        record = compressed_info(saved[0])
+        record['layers']['2']['out_channels'] = size
+        _write(tmp_path, _rehashed(saved[1], record))
+        assert 'and no positive whole number' in str(_load_watched(tmp_path))

@@ -6,12 +6,14 @@ from adverfine.threat import *
 
 class Spy(nn.Module):
     "Logits w x for class 0 and 0 for the others; keeps every batch it is asked about"
-    def __init__(self, w=(1., -2, 3, -4), classes=3): super().__init__(); self.w,self.classes,self.seen = torch.tensor(w, dtype=torch.float64),classes,[]
+    def __init__(self, w=(1., -2, 3, -4), classes=3):
+        super().__init__(); self.w,self.classes,self.seen = torch.tensor(w, dtype=torch.float64),classes,[]
     def forward(self, x):
         self.seen.append(x.detach().clone())
         return F.pad((x.flatten(1)@self.w.to(x.dtype))[:,None], (0, self.classes-1))
 
-down = torch.tensor([-1., 1, -1, 1], dtype=torch.float64).view(1, 1, 2, 2)     # the signs of its gradient, away from class 0
+# the signs of its gradient, away from class 0
+down = torch.tensor([-1., 1, -1, 1], dtype=torch.float64).view(1, 1, 2, 2)
 grey,zeros = torch.full((2, 1, 2, 2), .5, dtype=torch.float64),torch.zeros(2, dtype=torch.long)
 def _seed(n=0): return torch.Generator().manual_seed(n)
 def _away(norm): return down if norm=='linf' else -Spy().w.view(1, 1, 2, 2)/Spy().w.norm()
@@ -20,11 +22,13 @@ norms = pytest.mark.parametrize('norm', ['linf', 'l2'])
 @norms
 def test_fgsm_is_one_step(norm):
     assert torch.allclose(FGSM(.1, norm=norm)(Spy(), grey, zeros), grey+.1*_away(norm))
-    assert torch.allclose(FGSM(.7)(Spy(), grey, zeros), (grey+.7*down).clamp(0, 1)) and torch.allclose(FGSM(.7, clamp=False)(Spy(), grey, zeros), grey+.7*down)
+    assert torch.allclose(FGSM(.7)(Spy(), grey, zeros), (grey+.7*down).clamp(0, 1))
+    assert torch.allclose(FGSM(.7, clamp=False)(Spy(), grey, zeros), grey+.7*down)
 
 @norms
 def test_pgd_steps_are_two_and_a_half_eps_over_their_number(norm):
-    for kw,step in [(dict(steps=5), .05), (dict(), .025), (dict(steps=4, step_size=.03), .03), (dict(steps=10, step_size=.2), .2)]:
+    for kw,step in [(dict(steps=5), .05), (dict(), .025), (dict(steps=4, step_size=.03), .03),
+            (dict(steps=10, step_size=.2), .2)]:
         net = Spy()
         x_adv = PGD(.1, norm=norm, random_start=False, **kw)(net, grey, zeros)
         asked = torch.stack([*net.seen, x_adv])
@@ -38,7 +42,8 @@ def test_pgd_starts_at_random_and_stays_in_the_ball(norm):
     x_adv = attack(net, grey, zeros, _seed())
     start = attack.threat.random_start(grey, _seed())
     assert torch.equal(net.seen[0], start) and (start!=grey).any()
-    for a,b in zip([*net.seen, x_adv], [*net.seen[1:], x_adv]): assert torch.allclose(attack.threat.project(a+.02*_away(norm), grey), b, atol=1e-6) or b is x_adv
+    for a,b in zip([*net.seen, x_adv], [*net.seen[1:], x_adv]):
+        assert torch.allclose(attack.threat.project(a+.02*_away(norm), grey), b, atol=1e-6) or b is x_adv
 
 @norms
 @pytest.mark.parametrize('step_size', [None, .03])
@@ -56,21 +61,31 @@ def test_n_fgsm_is_not_projected(norm):
     x = grey.repeat(50, 1, 1, 1)
     x_adv = attack(net, x, zeros.repeat(50), _seed())
     far = attack.threat.distance(net.seen[0], x)
-    assert .19<far.max()<=.2 and torch.allclose(x_adv, net.seen[0]+.1*_away(norm)) and attack.threat.distance(x_adv, x).max()>.25
-    assert torch.allclose(NFGSM(.1, noise=0, norm=norm)(net, x, zeros.repeat(50)), FGSM(.1, norm=norm)(net, x, zeros.repeat(50)))
+    assert .19<far.max()<=.2 and torch.allclose(x_adv, net.seen[0]+.1*_away(norm))
+    assert attack.threat.distance(x_adv, x).max()>.25
+    assert torch.allclose(NFGSM(.1, noise=0, norm=norm)(net, x, zeros.repeat(50)),
+        FGSM(.1, norm=norm)(net, x, zeros.repeat(50)))
     edge = NFGSM(.4)(net, 2*grey-1e-3, zeros, _seed()),NFGSM(.4)(net, 0*grey, zeros, _seed())
     assert edge[0].max()==1 and edge[1].min()==0 and NFGSM(.4, clamp=False)(net, 2*grey, zeros, _seed()).max()>1
 
 def test_fields_and_what_they_refuse():
-    assert NFGSM(.5).noise==2 and NFGSM(.5).random_start and not NFGSM(.1, noise=0).random_start and NFGSM(.1, noise=10).eps==.1
-    for make,why in [(lambda: NFGSM(.51), 'between 0 and 1'), (lambda: NFGSM(.1, noise=-1), 'between 0 and 1'), (lambda: NFGSM(8), '8/255'), (lambda: FGSMRS(8), '8/255'), (lambda: PGD(8), '8/255'), (lambda: FGSM(.1, norm='l1'), "'l1'"),
-                     (lambda: FGSMRS(.1, 0), 'step_size=0'), (lambda: PGD(.1, step_size=0), 'step_size=0'), (lambda: PGD(.1, step_size=-.1), 'must be positive'), (lambda: PGD(.1, steps=0), 'steps=0'), (lambda: PGD(.1, steps=1.5), 'steps=1.5'),
-                     (lambda: PGD(.1, restarts=0), 'restarts=0'), (lambda: PGD(.1, restarts=2, random_start=False), 'would repeat one run')]:
+    assert NFGSM(.5).noise==2 and NFGSM(.5).random_start and not NFGSM(.1, noise=0).random_start
+    assert NFGSM(.1, noise=10).eps==.1
+    for make,why in [(lambda: NFGSM(.51), 'between 0 and 1'), (lambda: NFGSM(.1, noise=-1), 'between 0 and 1'),
+            (lambda: NFGSM(8), '8/255'), (lambda: FGSMRS(8), '8/255'), (lambda: PGD(8), '8/255'),
+            (lambda: FGSM(.1, norm='l1'), "'l1'"),
+                     (lambda: FGSMRS(.1, 0), 'step_size=0'), (lambda: PGD(.1, step_size=0), 'step_size=0'),
+                     (lambda: PGD(.1, step_size=-.1), 'must be positive'), (lambda: PGD(.1, steps=0), 'steps=0'),
+                     (lambda: PGD(.1, steps=1.5), 'steps=1.5'),
+                     (lambda: PGD(.1, restarts=0), 'restarts=0'), (lambda: PGD(.1, restarts=2, random_start=False),
+                     'would repeat one run')]:
         with pytest.raises(ValueError, match=why): make()
     assert PGD(.1, steps=1, restarts=1, random_start=False, step_size=1e-9).steps==1
-    assert [o.name for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1), PGD(.1, restarts=2))]==['FGSM', 'FGSM-RS', 'N-FGSM', 'PGD-10', 'PGD-10x2']
+    assert [o.name for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1), PGD(.1, restarts=2))]==['FGSM', 'FGSM-RS',
+        'N-FGSM', 'PGD-10', 'PGD-10x2']
     assert [o.cost for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1), PGD(.1, 7, restarts=2))]==[3, 3, 3, 30, 42]
-    for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1)): assert o.white_box and o.soft and o.clamp and o.norm=='linf' and o.parts==(o,) and o.threat==ThreatModel(.1)
+    for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1)):
+        assert o.white_box and o.soft and o.clamp and o.norm=='linf' and o.parts==(o,) and o.threat==ThreatModel(.1)
     assert Attack.white_box and not Attack.soft
 
 def test_restarts_keep_the_worst():
@@ -95,7 +110,8 @@ def test_worst_of_prefers_what_is_misclassified():
 def test_worst_of_takes_the_highest_loss_of_each_image():
     model = lambda x: x[:,0,0]
     y = torch.tensor([0, 1])
-    batches = [_as_images(o) for o in ([[3., 0, 0], [0, 5, 0]], [[2., 0, 0], [0, 1, 0]], [[1., 0, 0], [0, 3, 0]], [[1.5, 0, 0], [0, 1.5, 0]])]
+    batches = [_as_images(o) for o in ([[3., 0, 0], [0, 5, 0]], [[2., 0, 0], [0, 1, 0]], [[1., 0, 0], [0, 3, 0]],
+        [[1.5, 0, 0], [0, 1.5, 0]])]
     assert torch.equal(worst_of(batches, model, y), _as_images([[1., 0, 0], [0, 1, 0]]))
     same = [_as_images([[0., 3], [0, 3]]), _as_images([[1., 4], [1, 4]])]
     assert torch.equal(worst_of(same, model, y), same[0])                # of equals the first
@@ -116,7 +132,9 @@ def test_labels_and_logits_are_looked_at_once():
     FGSM(.1)(Spy(), grey, zeros+2)
     for bad in (3, -1):
         with pytest.raises(ValueError, match='labels must be 0 to 2'): FGSM(.1)(Spy(), grey, torch.tensor([1, bad]))
-    for model,why in [(lambda x: x, r'not \(2, 1, 2, 2\)'), (lambda x: Spy()(x)[:1], r'not \(1, 3\)'), (lambda x: Spy()(x)*float('nan'), 'NaN logits'), (lambda x: [Spy()(x)], 'not list'), (lambda x: Spy()(x).detach(), 'gives no gradients')]:
+    for model,why in [(lambda x: x, r'not \(2, 1, 2, 2\)'), (lambda x: Spy()(x)[:1], r'not \(1, 3\)'),
+            (lambda x: Spy()(x)*float('nan'), 'NaN logits'), (lambda x: [Spy()(x)], 'not list'),
+            (lambda x: Spy()(x).detach(), 'gives no gradients')]:
         with pytest.raises(ValueError, match=why): FGSM(.1)(model, grey, zeros)
         with pytest.raises(ValueError): value_and_grad(model, grey, zeros)
         if 'gradients' not in why:
@@ -152,7 +170,7 @@ class Half(nn.Module):
 
 def test_gradients_in_float16_neither_vanish_nor_overflow():
     x,y = torch.full((1, 1, 2, 2), .5),torch.tensor([0])
-    for w in ([8., 8, 8, 8], [3000., -3000, 3000, -3000], [-4000., 4000, 4000, -4000]):
+    for w in ([8., 8, 8, 8], [9.5]*4, [3000., -3000, 3000, -3000], [-60000., 60000, 60000, -60000]):
         grad = input_grad(Half(w), x, y).flatten()
         p = 1-Half(w)(x).float().softmax(1)[0,0]
         torch.testing.assert_close(grad, -p*torch.tensor(w), rtol=.02, atol=0)
@@ -161,11 +179,12 @@ def test_gradients_in_float16_neither_vanish_nor_overflow():
         @staticmethod
         def forward(ctx, z): return z.half()
         @staticmethod
-        def backward(ctx, g): return torch.stack([g[:,0]*0+float('inf'), g[:,1]*0-float('inf'), g[:,2]*0+float('nan')], 1)
-    pick = torch.eye(3, 4)
-    grad = input_grad(lambda x: Infinite.apply(x.flatten(1)@pick.T), x, y)
-    assert torch.equal(grad, torch.zeros_like(grad))                     # in the end what is not finite counts for nothing
-    part = lambda x: torch.cat([Infinite.apply(x.flatten(1)@pick.T)[:,:1]*0, Half([1., 2, 3, 4])(x)], 1)
+        def backward(ctx, g):
+            return torch.stack([g[:,0]*0+float('inf'), g[:,1]*0-float('inf'), g[:,2]*0+float('nan')], 1)
+    grad = input_grad(lambda x: Infinite.apply(x.flatten(1)[:,:3]), x, y)
+    # in the end what is not finite counts for nothing
+    assert torch.equal(grad, torch.zeros_like(grad))
+    part = lambda x: torch.cat([Infinite.apply(x.flatten(1)[:,:3])[:,:1]*0, Half([1., 2, 3, 4])(x)], 1)
     assert input_grad(part, x, y).isfinite().all()
 
 def test_transfer_crafts_on_its_surrogate():
@@ -173,12 +192,16 @@ def test_transfer_crafts_on_its_surrogate():
     attack = Transfer(FGSM(.1, norm='l2', clamp=False), surrogate)
     x_adv = attack(asked, grey, zeros)
     assert torch.equal(x_adv, FGSM(.1, norm='l2', clamp=False)(surrogate, grey, zeros)) and not asked.seen
-    assert not attack.white_box and attack.threat==ThreatModel(.1, 'l2', False) and attack.cost==3 and attack.name=='FGSM transferred'
+    assert not attack.white_box and attack.threat==ThreatModel(.1, 'l2', False) and attack.cost==3
+    assert attack.name=='FGSM transferred'
 
 def test_torchattacks_settings():
-    for make,why in [(lambda: TorchAttack(torchattacks.PGD(nn.Linear(1, 1)), .1), 'is no class'), (lambda: TorchAttack(torchattacks.PGD, .1, stepz=3), 'does not take stepz'), (lambda: TorchAttack(torchattacks.PGD, 8), '8/255')]:
+    for make,why in [(lambda: TorchAttack(torchattacks.PGD(nn.Linear(1, 1)), .1), 'is no class'),
+            (lambda: TorchAttack(torchattacks.PGD, .1, stepz=3), 'does not take stepz'),
+            (lambda: TorchAttack(torchattacks.PGD, 8), '8/255')]:
         with pytest.raises(ValueError, match=why): make()
-    assert [TorchAttack(torchattacks.PGD, .1, **kw).cost for kw in (dict(), dict(steps=7))]==[30, 21] and TorchAttack(torchattacks.Pixle, .1).cost==300
+    assert [TorchAttack(torchattacks.PGD, .1, **kw).cost for kw in (dict(), dict(steps=7))]==[30, 21]
+    assert TorchAttack(torchattacks.Pixle, .1).cost==300
     assert TorchAttack(torchattacks.PGD, .1).name=='torchattacks PGD'
 
 class Shifted(torchattacks.attack.Attack):

@@ -9,7 +9,8 @@ from adverfine.models import *
 from adverfine.objectives import *
 
 torch.manual_seed(0)
-adv,clean,y = 2*torch.randn(5, 4, dtype=torch.float64),2*torch.randn(5, 4, dtype=torch.float64),torch.tensor([0, 1, 2, 3, 1])
+adv,clean = 2*torch.randn(2, 5, 4, dtype=torch.float64)
+y = torch.tensor([0, 1, 2, 3, 1])
 base = F.cross_entropy
 
 def _kl(p, q): return (p*(p.log()-q.log())).sum(1)
@@ -81,7 +82,8 @@ def test_a_frozen_copy_is_a_parent():
     learn = Learner(digits_dls(n_train=142), nn.DataParallel(cnn8(size=8)))
     learn.model.train()
     parent = learn.frozen_copy()
-    assert type(parent) is not nn.DataParallel and not any(m.training for m in parent.modules()) and not any(p.requires_grad for p in parent.parameters())
+    assert type(parent) is not nn.DataParallel and not any(m.training for m in parent.modules())
+    assert not any(p.requires_grad for p in parent.parameters())
     assert learn.model.training and all(p.requires_grad for p in learn.model.parameters())
     before = [p.clone() for p in parent.parameters()]
     with torch.no_grad():

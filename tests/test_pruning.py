@@ -5,13 +5,15 @@ from torch import nn
 from fastai.vision.all import Callback, Learner, SGD
 from adverfine.attacks import *
 from adverfine.channels import *
+from adverfine.channels import _tied_to
 from adverfine.cost import *
 from adverfine.data import *
 from adverfine.models import *
 from adverfine.pruning import *
 from adverfine.threat import *
 
-def _groups(*sizes, copies=1): return [Group(None, f'l{i}', [f'l{i}', f'l{i}.also'], n, copies) for i,n in enumerate(sizes)]
+def _groups(*sizes, copies=1):
+    return [Group(None, f'l{i}', [f'l{i}', f'l{i}.also'], n, copies) for i,n in enumerate(sizes)]
 def _heads(n, name='attention'): return Heads(None, name, [name], n, 1)
 
 # --- the plan
@@ -22,81 +24,114 @@ def test_levels():
     for good in (.001, .5, .999): check_level(good)
 
 def test_plans_are_checked():
-    for kw in (dict(level=.5), dict(macs=.5), dict(level={'a': .5}), dict(level=.5, scope='global', floor=0), dict(level=.5, floor=.99, round_to=8)): PruningPlan(**kw)
-    for kw,why in [(dict(), 'give one of them'), (dict(level=.5, macs=.5), 'give one of them'), (dict(level=0.), 'level=0.0'), (dict(level={'a': .5, 'b': 1.}), 'level=1.0'), (dict(macs=0), 'macs=0'), (dict(macs=1), 'macs=1'), (dict(macs=-.5), 'macs=-0.5'),
-                   (dict(level=.5, criterion='l3'), 'is unknown'), (dict(level=.5, scope='local'), 'is unknown'), (dict(level={'a': .5}, scope='global'), 'nothing to choose globally'), (dict(level=.5, floor=1), 'floor=1'), (dict(level=.5, floor=-.1), 'floor=-0.1'),
-                   (dict(level=.5, round_to=0), 'round_to=0'), (dict(level=.5, round_to=True), 'round_to=True'), (dict(level=.5, round_to=2.), 'round_to=2.0')]:
+    for kw in (dict(level=.5), dict(macs=.5), dict(level={'a': .5}), dict(level=.5, scope='global', floor=0),
+            dict(level=.5, floor=.99, round_to=8)):
+        PruningPlan(**kw)
+    for kw,why in [(dict(), 'give one of them'), (dict(level=.5, macs=.5), 'give one of them'),
+            (dict(level=0.), 'level=0.0'), (dict(level={'a': .5, 'b': 1.}), 'level=1.0'), (dict(macs=0), 'macs=0'),
+            (dict(macs=1), 'macs=1'), (dict(macs=-.5), 'macs=-0.5'),
+                   (dict(level=.5, criterion='l3'), 'is unknown'), (dict(level=.5, scope='local'), 'is unknown'),
+                   (dict(level={'a': .5}, scope='global'), 'nothing to choose globally'),
+                   (dict(level=.5, floor=1), 'floor=1'), (dict(level=.5, floor=-.1), 'floor=-0.1'),
+                   (dict(level=.5, round_to=0), 'round_to=0'), (dict(level=.5, round_to=True), 'round_to=True'),
+                   (dict(level=.5, round_to=2.), 'round_to=2.0')]:
         with pytest.raises(ValueError, match=why): PruningPlan(**kw)
     plan = PruningPlan(.5)
     assert (plan.macs, plan.criterion, plan.scope, plan.floor, plan.round_to)==(None, 'l1', 'uniform', .1, 1)
-    assert PruningPlan(.5, criterion='taylor').criterion==Taylor() and PruningPlan(.5, criterion=Taylor(n_batches=2)).criterion.n_batches==2 and Taylor().n_batches==4 and Taylor().attack is None
+    assert PruningPlan(.5, criterion='taylor').criterion==Taylor()
+    assert PruningPlan(.5, criterion=Taylor(n_batches=2)).criterion.n_batches==2 and Taylor().n_batches==4
+    assert Taylor().attack is None
     for o in criteria: assert PruningPlan(.5, criterion=o).criterion==o
 
 def test_uniform_plans():
     groups = _groups(10, 7, 100)
-    assert PruningPlan(.5).left(groups, None)==[5, 3, 50] and PruningPlan(.5).left(groups, None, .5)==[7, 5, 75] and PruningPlan(.3).left(_groups(10), None)==[7]      # 7.000000001 is 7
+    # 7.000000001 is 7
+    assert PruningPlan(.5).left(groups, None)==[5, 3, 50] and PruningPlan(.5).left(groups, None, .5)==[7, 5, 75]
+    assert PruningPlan(.3).left(_groups(10), None)==[7]
     assert PruningPlan(.85).left(groups, None)==[1, 1, 15]
-    with pytest.raises(ValueError, match="none of the 7 channels of layer 'l1': use at most 0.857"): PruningPlan(.9).left(groups, None)
-    with pytest.raises(ValueError, match="none of the 14 channels of layer 'l1': use at most 0.857"): PruningPlan(.95).left(_groups(10, 7, copies=2), None)
+    with pytest.raises(ValueError, match="none of the 7 channels of layer 'l1': use at most 0.857"):
+        PruningPlan(.9).left(groups, None)
+    with pytest.raises(ValueError, match="none of the 14 channels of layer 'l1': use at most 0.857"):
+        PruningPlan(.95).left(_groups(10, 7, copies=2), None)
     assert PruningPlan(.9).left(_groups(10), None)==[1]
-    assert PruningPlan(.9).left([_heads(4)], None)==[1] and PruningPlan(.5).left([_heads(4)], None)==[2]                                                               # one head stays
+    # one head stays
+    assert PruningPlan(.9).left([_heads(4)], None)==[1] and PruningPlan(.5).left([_heads(4)], None)==[2]
 
 def test_plans_of_single_layers():
     groups = [*_groups(10, 10, 10), _heads(8)]
     assert PruningPlan({'l0': .5}).left(groups, None)==[5, 10, 10, 8]
-    assert PruningPlan({'l?': .5, 'l1': .8, 'l2': .2}).left(groups, None)==[5, 2, 5, 8]                  # the largest counts
-    assert PruningPlan({'*.also': .4, 'att*': .75}).left(groups, None)==[6, 6, 6, 2] and PruningPlan({'l0': .5, 'l1': .1}).left(groups, None, .5)==[7, 9, 10, 8]
-    with pytest.raises(ValueError, match="is called 'x': there are l0, l0.also, l1"): PruningPlan({'l0': .5, 'x': .5}).left(groups, None)
+    # the largest counts
+    assert PruningPlan({'l?': .5, 'l1': .8, 'l2': .2}).left(groups, None)==[5, 2, 5, 8]
+    assert PruningPlan({'*.also': .4, 'att*': .75}).left(groups, None)==[6, 6, 6, 2]
+    assert PruningPlan({'l0': .5, 'l1': .1}).left(groups, None, .5)==[7, 9, 10, 8]
+    with pytest.raises(ValueError, match="is called 'x': there are l0, l0.also, l1"):
+        PruningPlan({'l0': .5, 'x': .5}).left(groups, None)
 
 def test_multiples():
-    for n,level,unit,copies,left in [(64, .5, 8, 1, 32), (64, .45, 8, 1, 32), (64, .4, 8, 1, 40), (64, .99, 8, 1, 8), (10, .1, 8, 1, 8), (6, .1, 8, 1, 6), (20, .05, 8, 1, 16), (22, .05, 8, 1, 22),
+    for n,level,unit,copies,left in [(64, .5, 8, 1, 32), (64, .45, 8, 1, 32), (64, .4, 8, 1, 40), (64, .97, 8, 1, 8),
+            (10, .1, 8, 1, 8), (6, .1, 8, 1, 6), (20, .05, 8, 1, 16), (22, .05, 8, 1, 22),
                                      (16, .45, 8, 4, 8), (15, .45, 8, 4, 8), (15, .33, 6, 4, 9), (10, .45, 1, 1, 5)]:
         groups = _groups(n, copies=copies)
-        try: assert PruningPlan(level, round_to=unit).left(groups, None)==[left], (n, level, unit, copies)
-        except ValueError: assert whole_channels(n*(1-level))<1
-    assert PruningPlan(.4, round_to=8).left([_heads(8)], None)==[4]                                      # heads are no channels
+        assert PruningPlan(level, round_to=unit).left(groups, None)==[left], (n, level, unit, copies)
+    # heads are no channels
+    assert PruningPlan(.4, round_to=8).left([_heads(8)], None)==[4]
 
 def test_global_plans_take_the_least_important_of_all():
     groups,scores = _groups(4, 6),[torch.tensor([9., 1, 8, 2]), torch.tensor([5., 3, 4, 7, 6, 10])]
-    assert PruningPlan(.4, scope='global').left(groups, scores)==[2, 4] and PruningPlan(.4, scope='global').left(groups, scores, .5)==[2, 6]
-    assert PruningPlan(.1, scope='global').left(groups, scores)==[3, 6] and PruningPlan(.1, scope='global').left(groups, scores, 0.)==[4, 6]
+    assert PruningPlan(.4, scope='global').left(groups, scores)==[2, 4]
+    assert PruningPlan(.4, scope='global').left(groups, scores, .5)==[2, 6]
+    assert PruningPlan(.1, scope='global').left(groups, scores)==[3, 6]
+    assert PruningPlan(.1, scope='global').left(groups, scores, 0.)==[4, 6]
     assert PruningPlan(.7, scope='global', floor=0.).left(groups, scores)==[2, 1]
     low = [torch.tensor([.1, .2, .3, .4]), torch.arange(1., 7)]
-    assert PruningPlan(.5, scope='global', floor=.5).left(groups, low)==[2, 3] and PruningPlan(.5, scope='global', floor=.3).left(groups, low)==[2, 3] and PruningPlan(.5, scope='global', floor=0).left(groups, low)==[1, 4]      # 1.2 is 2 channels
-    with pytest.raises(ValueError, match='floor=0.5 leaves to cut: use at most 0.5'): PruningPlan(.6, scope='global', floor=.5).left(groups, low)
-    with pytest.raises(ValueError, match='floor=0 leaves to cut: use at most 0.8'): PruningPlan(.9, scope='global', floor=0).left(groups, low)
+    # 1.2 is 2 channels
+    assert PruningPlan(.5, scope='global', floor=.5).left(groups, low)==[2, 3]
+    assert PruningPlan(.5, scope='global', floor=.3).left(groups, low)==[2, 3]
+    assert PruningPlan(.5, scope='global', floor=0).left(groups, low)==[1, 4]
+    with pytest.raises(ValueError, match='floor=0.5 leaves to cut: use at most 0.5'):
+        PruningPlan(.6, scope='global', floor=.5).left(groups, low)
+    with pytest.raises(ValueError, match='floor=0 leaves to cut: use at most 0.8'):
+        PruningPlan(.9, scope='global', floor=0).left(groups, low)
     equal = [torch.ones(4), torch.ones(6)]
-    assert PruningPlan(.3, scope='global').left(groups, equal)==[1, 6]                                    # of equals the first
+    # of equals the first
+    assert PruningPlan(.3, scope='global').left(groups, equal)==[1, 6]
     assert PruningPlan(.4, scope='global', round_to=4).left(groups, scores)==[4, 4]
 
 def test_global_plans_count_what_is_gone_already():
     "The groups say how many there were, the scores what is left"
     groups,scores = _groups(4, 6),[torch.tensor([9., 8]), torch.tensor([5., 4, 7, 6, 10])]
     plan = PruningPlan(.5, scope='global')
-    assert plan.left(groups, scores)==[2, 3] and plan.left(groups, scores, .4)==[2, 5] and plan.left(groups, scores, .2)==[2, 5]
+    assert plan.left(groups, scores)==[2, 3] and plan.left(groups, scores, .4)==[2, 5]
+    assert plan.left(groups, scores, .2)==[2, 5]
 
 # --- channels
 
-def _chain(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6*36, 10))
+def _chain():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(6*36, 10))
 x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def _found(net, x=x):
     with opened(net, x), traceable(net): return channel_groups(net, x)[1]
 
 class Late(nn.Module):
-    "Layers that run in another order than they are written in; a residual sum; one that does not run; a grouped and a depthwise one"
+    "Layers that run in another order than they are written in, one of them never; a sum; grouped and depthwise ones"
     def __init__(self):
         super().__init__()
-        self.head,self.c,self.b,self.a,self.idle = nn.Linear(8, 10),nn.Conv2d(8, 8, 1, groups=2),nn.Conv2d(8, 8, 3, padding=1, groups=8),nn.Conv2d(1, 8, 3, padding=1),nn.Conv2d(1, 2, 1)
+        self.head,self.idle,self.c = nn.Linear(8, 10),nn.Conv2d(1, 2, 1),nn.Conv2d(8, 8, 1, groups=2)
+        self.b,self.a = nn.Conv2d(8, 8, 3, padding=1, groups=8),nn.Conv2d(1, 8, 3, padding=1)
         self.d,self.e = nn.Conv2d(8, 12, 1),nn.Conv2d(12, 8, 1)
     def forward(self, x):
         h = self.c(self.b(self.a(x)))
         return self.head((h+self.e(self.d(h))).mean((2,3)))
 
 def test_groups():
-    assert [(g.name, g.layers, g.n, g.copies, g.path) for g in _found(_chain())]==[('0', ['0'], 8, 1, '0'), ('3', ['3'], 6, 1, '3')]
+    assert [(g.name, g.layers, g.n, g.copies, g.path) for g in _found(_chain())]==[('0', ['0'], 8, 1, '0'),
+        ('3', ['3'], 6, 1, '3')]
     found = _found(Late())
-    assert [(g.name, g.layers, g.n, g.copies) for g in found]==[('a', ['a', 'b'], 4, 2), ('c', ['c', 'e'], 4, 2), ('d', ['d'], 12, 1)] and not any(isinstance(g, Heads) for g in found)
+    assert [(g.name, g.layers, g.n, g.copies) for g in found]==[('a', ['a', 'b'], 4, 2), ('c', ['c', 'e'], 4, 2),
+        ('d', ['d'], 12, 1)]
+    assert not any(isinstance(g, Heads) for g in found)
     assert found[0].least==0 and Heads.least==1
 
 def test_grouped_convolutions_lose_the_same_channels_in_each_group():
@@ -106,17 +141,21 @@ def test_grouped_convolutions_lose_the_same_channels_in_each_group():
     assert first.cut([1, 3], 4)==(first.path, True, [1, 3, 5, 7])
     before = copy.deepcopy(net)
     prune(net, {'a': .5}, x)
-    assert net.a.out_channels==net.b.out_channels==net.b.groups==4 and net.c.in_channels==4 and net.c.groups==2 and net.d.out_channels==12
+    assert net.a.out_channels==net.b.out_channels==net.b.groups==4 and net.c.in_channels==4 and net.c.groups==2
+    assert net.d.out_channels==12
     kept = [next(i for i in range(8) if torch.equal(before.a.weight[i], w)) for w in net.a.weight]
     assert len({k for k in kept if k<4})==2 and {k+4 for k in kept if k<4}=={k for k in kept if k>3}
 
 def test_what_cannot_be_pruned():
     shared = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(256, 2))
     shared[2].weight = shared[1].weight
-    parametrized = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 1)), nn.Flatten(), nn.Linear(256, 2))
+    parametrized = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 1)), nn.Flatten(),
+        nn.Linear(256, 2))
     class Extra(nn.Conv2d):
         def __init__(self, *args): super().__init__(*args); self.gain = nn.Parameter(torch.ones(1))
-    for net,why in [(shared, "'1' and '2' share a parameter"), (parametrized, 'more than a weight and a bias'), (nn.Sequential(Extra(1, 4, 1), nn.Flatten(), nn.Linear(256, 2)), "'0' \\(Extra\\) has more than a weight and a bias \\(gain\\)"),
+    for net,why in [(shared, "'1' and '2' share a parameter"), (parametrized, 'more than a weight and a bias'),
+            (nn.Sequential(Extra(1, 4, 1), nn.Flatten(), nn.Linear(256, 2)),
+            "'0' \\(Extra\\) has more than a weight and a bias \\(gain\\)"),
                     (nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), '1 of them ran'), (nn.Flatten(), '0 of them ran')]:
         flags = [m.training for m in net.modules()]
         with pytest.raises(ValueError, match=why): _found(net)
@@ -128,9 +167,11 @@ def test_traceable_gives_everything_back():
     net[2]._compiled_call_impl = call = lambda *_: 1/0
     net[4]._compiled_call_impl = None
     with torch.no_grad(), pytest.raises(KeyError), traceable(net):
-        assert all(p.requires_grad for p in net.parameters()) and not any(m.training for m in net.modules()) and torch.is_grad_enabled() and net(x).requires_grad
+        assert all(p.requires_grad for p in net.parameters()) and not any(m.training for m in net.modules())
+        assert torch.is_grad_enabled() and net(x).requires_grad
         raise KeyError
-    assert [n for n,p in net.named_parameters() if not p.requires_grad]==['0.weight'] and not net[1].training and net[0].training and net[2]._compiled_call_impl is call
+    assert [n for n,p in net.named_parameters() if not p.requires_grad]==['0.weight'] and not net[1].training
+    assert net[0].training and net[2]._compiled_call_impl is call
 
 def _scores(net, criterion, learn=None):
     with opened(net, x), traceable(net), importance_by(criterion, learn) as importance:
@@ -148,7 +189,8 @@ def test_scores():
         s = _scores(net, f'l{p}')['3']
         last = net[6].weight.data.view(10, 6, 36).transpose(0, 1)
         _same_order(s, norm(net[3].weight.data)+norm(last))
-    _same_order(_scores(net, 'bn')['0'], net[1].weight.data.abs())
+    scale = net[1].weight.data.abs()
+    torch.testing.assert_close(_scores(net, 'bn')['0'], scale/scale.mean())
     assert torch.equal(_scores(net, 'bn')['3'], _scores(net, 'l1')['3'])                   # no BatchNorm behind it
     a,b = (_scores(net, 'random') for _ in range(2))
     assert all(torch.equal(a[k], b[k]) and a[k].unique().numel()==len(a[k]) for k in a)
@@ -159,10 +201,12 @@ def test_scores():
         def __call__(self, group): raise IndexError('far out')
     with traceable(net):
         graph,groups = channel_groups(net, x)
-        with pytest.raises(ValueError, match="of layer '0' are worth \\(IndexError: far out\\)"): channel_scores(graph, groups, Broken())
+        with pytest.raises(ValueError, match="of layer '0' are worth \\(IndexError: far out\\)"):
+            channel_scores(graph, groups, Broken())
 
 def test_whole_channels():
-    assert [whole_channels(o) for o in (3., 2.9999999999, 2.999, 3.5, 10*(1-.3), 10*(1-.9), .1+.2+.7)]==[3, 3, 2, 3, 7, 1, 1]
+    assert [whole_channels(o) for o in (3., 2.9999999999, 2.999, 3.5, 10*(1-.3), 10*(1-.9), .1+.2+.7)]==[3, 3, 2, 3,
+        7, 1, 1]
 
 @pytest.mark.parametrize('attack', [None, FGSM(.1)])
 def test_taylor_is_the_gradient_over_its_batches(attack):
@@ -185,16 +229,20 @@ def test_taylor_is_the_gradient_over_its_batches(attack):
 
 def training_batches_of(learn, n):
     from fastai.torch_core import no_random
-    with no_random(0): return [(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor)) for a,b in training_batches(learn, n)]
+    with no_random(0):
+        return [(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor)) for a,b in training_batches(learn, n)]
 
 def test_examples_are_two_images():
     learn = Learner(digits_dls(n_train=142, normalize=(.5,.25)), _chain())
     images = example_images(learn)
-    assert images.shape==(2, 1, 8, 8) and type(images) is torch.Tensor and torch.equal(images, learn.dls.valid.one_batch()[0][:2].as_subclass(torch.Tensor))
+    assert images.shape==(2, 1, 8, 8) and type(images) is torch.Tensor
+    assert torch.equal(images, learn.dls.valid.one_batch()[0][:2].as_subclass(torch.Tensor))
 
 # --- attention
 
-def _vit(): return torch.nn.Sequential(nn.Flatten(2), nn.Linear(64, 32), nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.), nn.Flatten(), nn.Linear(32, 10))
+def _vit():
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.)
+    return nn.Sequential(nn.Flatten(2), nn.Linear(64, 32), layer, nn.Flatten(), nn.Linear(32, 10))
 
 def test_heads_are_scored_by_their_three_projections_and_the_one_behind():
     torch.manual_seed(0)
@@ -203,17 +251,31 @@ def test_heads_are_scored_by_their_three_projections_and_the_one_behind():
     for h in range(4):
         for part,which in enumerate(('q', 'k', 'v', 'out')):
             one = copy.deepcopy(net)
-            w = one[2].self_attn.in_proj.weight.data.view(3, 4, 8, 32)[part,h] if part<3 else one[2].self_attn.out_proj.weight.data.view(32, 4, 8)[:,h]
+            m = one[2].self_attn
+            inner,outer = m.in_proj.weight.data.view(3, 4, 8, 32),m.out_proj.weight.data.view(32, 4, 8)
+            w = outer[:,h] if part==3 else inner[part,h]
             w.mul_(100)
             after = _scores(one, 'l1')['2.self_attn']
             assert after.argmax()==h and len(after)==4, (which, h)
     prune(net, {'2.self_attn': .5}, x)
-    assert net[2].self_attn.num_heads==2 and net[2].self_attn.in_proj.out_features==48 and net[2].linear1.out_features==48 and net[1].out_features==32
+    assert net[2].self_attn.num_heads==2 and net[2].self_attn.in_proj.out_features==48
+    assert net[2].linear1.out_features==48 and net[1].out_features==32
 
 def test_the_stream_of_a_transformer_stays():
     torch.manual_seed(0)
     net = _vit()
     assert [(g.name, g.n, type(g)) for g in _found(net)]==[('2.self_attn', 4, Heads), ('2.linear1', 48, Group)]
+
+def test_what_is_tied_to_an_attention():
+    net = _vit()
+    with opened(net, x), traceable(net):
+        graph,_ = channel_groups(net, x)
+        stream,mlp,attention = net[1],net[2].linear1,net[2].self_attn
+        assert _tied_to(graph, stream, {attention.out_proj})
+        assert _tied_to(graph, net[2].linear2, {attention.out_proj, attention.in_proj})
+        # who only reads it is not tied
+        assert not _tied_to(graph, mlp, {attention.out_proj, attention.in_proj})
+        assert not _tied_to(graph, stream, {attention.in_proj, net[4]})
 
 # --- cuts
 
@@ -242,11 +304,13 @@ def test_macs_by_bisection():
         prune(net, None, x, macs=share)
         assert abs(macs(net, x)/before-share)<.02
     pair = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
-    with pytest.raises(ValueError, match='macs=0.75 cannot be had: the nearest that pruning reaches is 0.500'): prune(pair, None, x, macs=.75)
+    with pytest.raises(ValueError, match='macs=0.75 cannot be had: the nearest that pruning reaches is 0.500'):
+        prune(pair, None, x, macs=.75)
     with pytest.raises(ValueError, match='would leave none'): prune(_chain(), None, x, macs=.03)
     net = cnn8(size=8)
     prune(net, None, x, macs=.9, scope='global', floor=.5)
-    with pytest.raises(ValueError, match='more than floor=0.9 leaves to cut'): prune(cnn8(size=8), None, x, macs=.5, scope='global', floor=.9)
+    with pytest.raises(ValueError, match='more than floor=0.9 leaves to cut'):
+        prune(cnn8(size=8), None, x, macs=.5, scope='global', floor=.9)
 
 class Widths(Callback):
     def before_fit(self): self.seen = []
@@ -257,17 +321,20 @@ def _learner(): return Learner(digits_dls(n_train=142, bs=64), _chain(), opt_fun
 def _fit(learn, n, cbs):
     with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3, cbs=cbs)
 
-@pytest.mark.parametrize('schedule,widths', [('one_shot', [4, 4, 4, 4]), ('iterative', [7, 6, 5, 4]), ('cubic', [5, 4, 4, 4])])
+@pytest.mark.parametrize('schedule,widths', [('one_shot', [4, 4, 4, 4]), ('iterative', [7, 6, 5, 4]),
+    ('cubic', [5, 4, 4, 4])])
 def test_schedules(schedule, widths):
     learn,seen = _learner(),Widths()
     _fit(learn, 4, [StructuredPruning(.5, schedule), seen])
     assert seen.seen==widths and learn.model[3].out_channels==3
-    assert {k: [f(t) for t in (0, .5, 1)] for k,f in schedules.items()}==dict(one_shot=[1, 1, 1], iterative=[0, .5, 1], cubic=[0, .875, 1])
+    assert {k: [f(t) for t in (0, .5, 1)] for k,f in schedules.items()}==dict(one_shot=[1, 1, 1],
+        iterative=[0, .5, 1], cubic=[0, .875, 1])
 
 def test_pruning_in_a_fit():
     learn,cb = _learner(),StructuredPruning(.5)
     assert cb.schedule is schedules['iterative']
-    with pytest.raises(ValueError, match="'sometimes' is unknown: use one of one_shot, iterative, cubic"): StructuredPruning(.5, 'sometimes')
+    with pytest.raises(ValueError, match="'sometimes' is unknown: use one of one_shot, iterative, cubic"):
+        StructuredPruning(.5, 'sometimes')
     _fit(learn, 1, [cb])
     assert learn.model[0].out_channels==4 and cb.pruner is None
     other = _learner()
@@ -285,7 +352,8 @@ def test_the_state_follows_the_weights(mom):
     first,extra = learn.model[0].weight,torch.arange(3.)
     old,state = first.detach().clone(),learn.opt.state[first]
     averages = state['grad_avg'].clone() if mom else None
-    state['steps'],state['note'] = 7,extra                       # what is not shaped like the weight goes along as it is
+    # what is not shaped like the weight goes along as it is
+    state['steps'],state['note'] = 7,extra
     learn.prune(.5)
     new = learn.model[0].weight
     kept = [next(i for i in range(8) if torch.equal(old[i], w)) for w in new]

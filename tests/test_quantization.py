@@ -13,10 +13,12 @@ def _quantizer(bits, step, **kw):
     return q
 
 def test_codes():
-    codes = {(b, s, y): (q.lo, q.hi, q.offset) for b in offered_bits for s in (True, False) for y in (True, False) for q in [Quantizer(b, s, y)]}
+    codes = {(b, s, y): (q.lo, q.hi, q.offset) for b in offered_bits for s in (True, False) for y in (True, False)
+        for q in [Quantizer(b, s, y)]}
     assert offered_bits==(16, 8, 4, 3, 2, 1)
     for b in (16, 8, 4, 3, 2):
-        assert codes[b,True,False]==(-2**(b-1), 2**(b-1)-1, 0) and codes[b,True,True]==(1-2**(b-1), 2**(b-1)-1, 0) and codes[b,False,False]==(0, 2**b-1, 0)
+        assert codes[b,True,False]==(-2**(b-1), 2**(b-1)-1, 0) and codes[b,True,True]==(1-2**(b-1), 2**(b-1)-1, 0)
+        assert codes[b,False,False]==(0, 2**b-1, 0)
     assert codes[1,True,False]==codes[1,True,True]==(-1, 0, .5) and codes[1,False,False]==(0, 1, 0)
     q = Quantizer(4)
     assert (q.bits, q.signed, q.through, q.step.item(), q.tempering)==(4, True, False, 1, .5)
@@ -49,7 +51,7 @@ def test_gradients_stop_where_values_are_clipped():
 
 @pytest.mark.parametrize('shared', [True, False])
 def test_gradients_of_steps_are_shared(shared):
-    "`(c+o - x/s) s` where the value is inside and `(c+o) s` where it is clipped, over the square root of how many share the step"
+    "`(c+o - x/s) s` where a value is inside, `(c+o) s` where it is clipped, over the root of how many share the step"
     torch.manual_seed(0)
     x,grad = torch.randn(6, 20),torch.randn(6, 20)
     q = Quantizer(2, symmetric=not shared)
@@ -76,7 +78,9 @@ def test_steps():
     torch.testing.assert_close(minmax_step(x, Quantizer(1)), torch.tensor([1, 3])/.5)
     torch.testing.assert_close(minmax_step(x*0, q), torch.full((2,), 1e-8/7))
     ranked = torch.arange(1., 2001)[None, torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
-    assert percentile_step(ranked, q).item()==pytest.approx(1998/7) and percentile_step(-ranked, q, .5).item()==pytest.approx(1000/7) and percentile_step(ranked, q, 0).item()==pytest.approx(1/7)
+    assert percentile_step(ranked, q).item()==pytest.approx(1998/7)
+    assert percentile_step(-ranked, q, .5).item()==pytest.approx(1000/7)
+    assert percentile_step(ranked, q, 0).item()==pytest.approx(1/7)
 
 @pytest.mark.parametrize('bits', [8, 4, 2, 1])
 def test_the_best_of_48_steps(bits):
@@ -95,7 +99,9 @@ class Sum(nn.Module):
     "conv and norm on two ways, added as it is told; a third norm is read twice"
     def __init__(self, add, affine=True):
         super().__init__()
-        self.stem,self.a,self.b,self.na,self.nb,self.twice,self.head,self.add = nn.Conv2d(1, 4, 3, padding=1),nn.Conv2d(4, 4, 3, padding=1),nn.Conv2d(4, 4, 1),nn.BatchNorm2d(4, affine=affine),nn.BatchNorm2d(4),nn.BatchNorm2d(4),nn.Linear(4, 3),add
+        self.stem,self.a,self.b = nn.Conv2d(1, 4, 3, padding=1),nn.Conv2d(4, 4, 3, padding=1),nn.Conv2d(4, 4, 1)
+        self.na,self.nb,self.twice = nn.BatchNorm2d(4, affine=affine),nn.BatchNorm2d(4),nn.BatchNorm2d(4)
+        self.head,self.add = nn.Linear(4, 3),add
     def forward(self, x):
         x = self.stem(x)
         x = self.add(self.na(self.a(x)), self.nb(self.b(x)))
@@ -119,7 +125,8 @@ def test_bits_of_sums():
     for bits,kw,expected in [(4, dict(), 8), ((4, 16), dict(), 16), (4, dict(sums=4), 4), (16, dict(sums=8), 8)]:
         net = Sum(operator.add)
         quantize(net, bits, [x], **kw)
-        assert net.na.y_quant.bits==expected and (net.na.y_quant.lo, net.na.y_quant.hi)==(-2**(expected-1), 2**(expected-1)-1)
+        assert net.na.y_quant.bits==expected
+        assert (net.na.y_quant.lo, net.na.y_quant.hi)==(-2**(expected-1), 2**(expected-1)-1)
     net = Sum(operator.add)
     quantize(net, 4, [x], sums=False)
     assert not _added(net)
@@ -128,7 +135,9 @@ def test_bits_of_sums():
     quantize(net, 4, [x])
     assert _added(net)=={'nb'}
     class Alone(nn.Module):
-        def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)); self.head = nn.Linear(4, 2)
+        def __init__(self):
+            super().__init__()
+            self.net,self.head = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)),nn.Linear(4, 2)
         def forward(self, x): return self.head((self.net(x)*2).mean((2,3)))
     net = Alone()
     quantize(net, 4, [x])
@@ -143,17 +152,20 @@ def test_calibration_is_from_what_layers_are_fed():
     added = quantize(net, (4, 8), batches, calibration='minmax')
     conv,linear = net[0],net[3]
     assert type(conv) is QuantConv2d and type(linear) is QuantLinear and net.training
-    assert conv.x_quant.signed and not linear.x_quant.signed and conv.x_quant.through and not linear.x_quant.through and not conv.w_quant.through
+    assert conv.x_quant.signed and not linear.x_quant.signed and conv.x_quant.through and not linear.x_quant.through
+    assert not conv.w_quant.through
     torch.testing.assert_close(linear.x_quant.step, fed.max()/255)
     torch.testing.assert_close(conv.x_quant.step, torch.cat(batches).abs().max()/127)
     torch.testing.assert_close(linear.w_quant.step, (weight.abs().amax(1)/7)[:,None])
     torch.testing.assert_close(conv.w_quant.step, (w.flatten(1).abs().amax(1)/7).view(3, 1, 1, 1))
     assert conv.w_quant.lo==-7 and linear.w_quant.lo==-7
-    assert {k: [id(o) for o in v] for k,v in added.items()}=={m.weight: [id(m.w_quant.log_gain), id(m.x_quant.log_gain)] for m in (conv, linear)}
+    assert {k: [id(o) for o in v] for k,v in added.items()}=={m.weight: [id(m.w_quant.log_gain),
+        id(m.x_quant.log_gain)] for m in (conv, linear)}
     x = batches[0]
     q = lambda v,s,lo,hi: (v/s).round().clamp(lo, hi)*s
     h = F.conv2d(q(x, conv.x_quant.step, -128, 127), q(w, conv.w_quant.step, -7, 7), conv.bias).relu().flatten(1)
-    torch.testing.assert_close(net(x), F.linear(q(h, linear.x_quant.step, 0, 255), q(weight, linear.w_quant.step, -7, 7), linear.bias))
+    torch.testing.assert_close(net(x), F.linear(q(h, linear.x_quant.step, 0, 255),
+        q(weight, linear.w_quant.step, -7, 7), linear.bias))
     assert conv.storage_bytes()==math.ceil(27*4/8)+4*(3+1+3) and linear.storage_bytes()==math.ceil(27*5*4/8)+4*(5+1+5)
     bare = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False), nn.Flatten(), nn.Linear(9, 2))
     quantize(bare, 1, [x])
@@ -179,12 +191,14 @@ def test_a_twin_is_given_other_bits():
     gains = {n: p for n,p in net.named_parameters() if 'log_gain' in n}
     for p in gains.values(): p.data.fill_(.3)
     assert quantize(net, 4, [x], sums=16)=={}                      # no new steps: the old ones begin afresh
-    assert {n: id(p) for n,p in net.named_parameters() if 'log_gain' in n}=={n: id(p) for n,p in gains.items()} and not any(p.any() for p in gains.values())
+    assert {n: id(p) for n,p in net.named_parameters() if 'log_gain' in n}=={n: id(p) for n,p in gains.items()}
+    assert not any(p.any() for p in gains.values())
     assert net.a.w_quant.bits==4 and net.na.y_quant.bits==16 and type(net.a) is QuantConv2d
     fresh = Sum(operator.add).eval()
     fresh.load_state_dict({k: v for k,v in net.state_dict().items() if 'quant' not in k})
     quantize(fresh, 4, [x], sums=16)
-    for a,b in zip(net.state_dict().values(), fresh.state_dict().values()): torch.testing.assert_close(a, b)    # the float network calibrates, not the rounded one
+    # the float network calibrates, not the rounded one
+    for a,b in zip(net.state_dict().values(), fresh.state_dict().values()): torch.testing.assert_close(a, b)
 
 def test_only_what_runs_is_quantized():
     net = nn.Sequential(nn.Flatten(), nn.Linear(25, 3))
@@ -200,13 +214,25 @@ def test_ends_and_single_layers():
     net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)
     quantize(net, 4, [x], ends=(8, 16), layers={'2': 1, '1?': (2, 3), '13': 8})
     bits = {n: (m.w_quant.bits, m.x_quant.bits) for n,m in net.named_modules() if hasattr(m, 'w_quant')}
-    assert bits=={'0': (8, 16), '2': (1, 1), '4': (4, 4), '6': (4, 4), '8': (4, 4), '10': (2, 3), '13': (8, 8), '15': (2, 3)}
-    for kw,why in [(dict(bits=5), 'bits=5'), (dict(ends=5), 'bits=5'), (dict(layers={'2': 5}), 'bits=5'), (dict(layers={'x': 4}), "no layer that runs is called 'x'"), (dict(calibration='kl'), 'mse, percentile, minmax'),
-                   (dict(batches=[]), 'nothing to calibrate'), (dict(batches=iter([])), 'nothing to calibrate'), (dict(batches=[x/0]), 'NaN or infinite'), (dict(batches=[x.expand(-1, 3, -1, -1)]), 'do not go through')]:
+    assert bits=={'0': (8, 16), '2': (1, 1), '4': (4, 4), '6': (4, 4), '8': (4, 4), '10': (2, 3), '13': (8, 8),
+        '15': (2, 3)}
+    for kw,why in [(dict(bits=5), 'bits=5'), (dict(ends=5), 'bits=5'), (dict(layers={'2': 5}), 'bits=5'),
+            (dict(layers={'x': 4}), "no layer that runs is called 'x'"),
+            (dict(calibration='kl'), 'mse, percentile, minmax'),
+                   (dict(batches=[]), 'nothing to calibrate'), (dict(batches=iter([])), 'nothing to calibrate'),
+                   (dict(batches=[x/0]), 'NaN or infinite'), (dict(batches=[x.expand(-1, 3, -1, -1)]),
+                   'do not go through')]:
         net = cnn8(size=8)
         hooks = lambda: sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for m in net.modules())
         with pytest.raises(ValueError, match=why): quantize(net, **(dict(bits=4, batches=[x]) | kw))
         assert type(net[0]) is nn.Conv2d and not hooks() and net.training
+
+def test_settings_are_looked_at_before_the_images():
+    def untouched(): raise AssertionError('calibrated')
+    images = (untouched() for _ in range(1))
+    for kw in (dict(bits=5), dict(bits=4, ends=5), dict(bits=4, layers={'2': 5}), dict(bits=4, sums=5),
+            dict(bits=4, calibration='kl')):
+        with pytest.raises(ValueError): quantize(cnn8(size=8), batches=images, **kw)
 
 def test_a_failed_calibration_leaves_the_twin():
     net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)

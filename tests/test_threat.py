@@ -37,7 +37,8 @@ def test_projection_onto_the_ball():
     moved = _images([.06, 0, -.08, 0], [.03, 0, -.04, 0], [0, 0, 0, 0], [.08, .06, 0, 0])
     torch.testing.assert_close(ThreatModel(.1, 'l2', clamp=False).project(far, x), x+moved)
     torch.testing.assert_close(ThreatModel(.1, 'l2').project(far, x), (x+moved).clamp(max=1))
-    torch.testing.assert_close(ThreatModel(.1, 'l2').project(x-far+.02, x*0), (ThreatModel(.1, 'l2', clamp=False).project(x-far+.02, x*0)).clamp(min=0))
+    torch.testing.assert_close(ThreatModel(.1, 'l2').project(x-far+.02, x*0),
+        (ThreatModel(.1, 'l2', clamp=False).project(x-far+.02, x*0)).clamp(min=0))
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_check(norm):
@@ -54,15 +55,19 @@ def test_check(norm):
 def test_check_images():
     good = torch.tensor([0., 1., .5, .5]).view(1, 1, 2, 2)
     check_images(good); check_images(good.double()); check_images(good.half())
-    for bad,why in [(good[0], 'a float tensor'), (good[None], 'a float tensor'), (good.long(), 'a float tensor'), (good[:0], 'no images'),
-                    (good+1e-4, 'reach from 0.0001 to 1'), (good-1e-4, 'reach from -0.0001 to 0.9999'), (good*float('nan'), 'NaN'), (good/0, 'NaN'),
-                    (torch.where(good==.5, float('nan'), good), 'NaN'), (torch.where(good==1, float('inf'), good), 'NaN')]:
+    for bad,why in [(good[0], 'a float tensor'), (good[None], 'a float tensor'), (good.long(), 'a float tensor'),
+            (good[:0], 'no images'),
+                    (good+1e-4, 'reach from 0.0001 to 1'), (good-1e-4, 'reach from -0.0001 to 0.9999'),
+                    (good*float('nan'), 'NaN'), (good/0, 'NaN'),
+                    (torch.where(good==.5, float('nan'), good), 'NaN'), (torch.where(good==1, float('inf'), good),
+                    'NaN')]:
         with pytest.raises(ValueError, match=why): check_images(bad)
 
 def test_steepest_has_length_one_and_zero_stays_zero():
     grad = _images([3, 0, -4, 0], [0, 0, 0, 0], [1e-9, 0, 0, 0])
     torch.testing.assert_close(ThreatModel(.1).steepest(grad), grad.sign())
-    torch.testing.assert_close(ThreatModel(.1, 'l2').steepest(grad), _images([.6, 0, -.8, 0], [0, 0, 0, 0], [1, 0, 0, 0]))
+    torch.testing.assert_close(ThreatModel(.1, 'l2').steepest(grad), _images([.6, 0, -.8, 0], [0, 0, 0, 0],
+        [1, 0, 0, 0]))
 
 def test_random_starts_fill_the_box():
     x = torch.full((500, 2, 2, 2), .5, dtype=torch.float64)
@@ -78,7 +83,8 @@ def test_random_starts_fill_the_ball():
     assert start.dtype==torch.float64 and length.max()<=.1+1e-9
     for share in (.1, .5, .9): assert abs((length<share*.1).double().mean()-share)<.02      # the radius is uniform
     assert ((start-x).flatten(1).mean(0).abs()<.002).all()
-    assert torch.equal(start, ThreatModel(.1, 'l2').random_start(x, _seed())) and not torch.equal(start, ThreatModel(.1, 'l2').random_start(x, _seed(1)))
+    assert torch.equal(start, ThreatModel(.1, 'l2').random_start(x, _seed()))
+    assert not torch.equal(start, ThreatModel(.1, 'l2').random_start(x, _seed(1)))
 
 def _norm(mean, std): return Normalize(torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1))
 
@@ -104,11 +110,13 @@ def test_rounding_is_forgiven_and_nothing_else():
         x = torch.full((1, 1, 2, 2), float(off>0))+off
         assert space.to_pixels(x).flatten().tolist()==[float(off>0)]*4
     assert space.to_pixels(torch.zeros(0, 1, 2, 2)).shape==(0, 1, 2, 2)
-    for bad in (torch.full((1, 1, 2, 2), 1.002), torch.full((1, 1, 2, 2), -.002), torch.tensor([0., 1, .5, float('nan')]).view(1, 1, 2, 2)):
+    for bad in (torch.full((1, 1, 2, 2), 1.002), torch.full((1, 1, 2, 2), -.002),
+            torch.tensor([0., 1, .5, float('nan')]).view(1, 1, 2, 2)):
         with pytest.raises(ValueError, match='images'): space.to_pixels(bad)
 
 def test_a_wrapped_network_takes_pixels():
-    net,space,x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)),PixelSpace([_norm([.5], [.25])]),torch.rand(2, 1, 2, 2, generator=_seed())
+    net,space,x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)),PixelSpace([_norm([.5], [.25])]),torch.rand(2, 1, 2, 2,
+        generator=_seed())
     assert PixelSpace().wrap(net) is net
     wrapped = space.wrap(net)
     assert isinstance(wrapped, PixelModel)

@@ -131,6 +131,18 @@ def test_average_is_the_mean_of_all_steps():
     _fit(learn, 3, cbs=[WeightAverage(None), trace])
     torch.testing.assert_close(_weights(learn), torch.stack(trace.all).mean(0), rtol=1e-4, atol=1e-6)
 
+@pytest.mark.parametrize('decay', [.99, .6, 0.])
+def test_average_begins_gently(decay):
+    "The k-th step keeps `1-9/(k+9)` of the mean, until that reaches `decay`: the first weights do not linger"
+    learn,trace = _learner(),Trace()
+    _fit(learn, 3, cbs=[WeightAverage(decay), trace])
+    mean = trace.all[0].double()
+    for k,w in enumerate(trace.all[1:], 2):
+        keep = min(decay, k/(k+9))
+        mean = keep*mean+(1-keep)*w
+    assert len(trace.all)>10 and not torch.allclose(mean.float(), trace.all[-1], rtol=1e-4, atol=1e-6) or decay==0
+    torch.testing.assert_close(_weights(learn), mean.float(), rtol=1e-4, atol=1e-6)
+
 def test_average_starts_late_and_training_does_not_notice():
     "The optimizer goes on with its own weights, though the mean of them was validated"
     traces = [Trace(), Trace()]

@@ -183,11 +183,10 @@ class FreeAdversarialTraining(_AdversarialBatches):
 
 class _Replayed(GetAttr):
     "A DataLoader that yields each batch several times in a row"
-    _default = 'dl'
-    def __init__(self, dl, times): self.dl,self.times = dl,times
-    def __len__(self): return len(self.dl)*self.times
+    def __init__(self, dl, times): self.default,self.times = dl,times
+    def __len__(self): return len(self.default)*self.times
     def __iter__(self):
-        for b in self.dl: yield from [b]*self.times
+        for b in self.default: yield from [b]*self.times
 
 # %% ../nbs/10_adversarial.ipynb #17cf692c
 class _AfterTraining(Callback):

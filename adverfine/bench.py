@@ -164,7 +164,7 @@ def inference_race(
         models = _five(network, x)
         if find_spec('onnxscript') and network not in sizes: sizes[network] = {k: len(to_onnx(models[k], shape)) for k in ('dense float32', 'pruned int8')}
         for n in batches:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             try: runs = {k: run for k,m in models.items() if (run := _engines[engine][0](k, m, x, n)) is not None and _clocked(run, x[:n])}
             except Exception as e: missing.append(f"{engine}, {network} ({type(e).__name__}: {' '.join(str(e).split()[:12])})"); break
             took = {k: [] for k in runs}

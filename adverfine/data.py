@@ -33,7 +33,7 @@ from .threat import check_images, pixel_space
 # %% ../nbs/01_data.ipynb #78ee13b9
 class GreyImage(TensorImage):
     "A `TensorImage` of one channel, shown in grey"
-    _show_args = dict(cmap='gray')
+    def show(self, ctx=None, **kwargs): return super().show(ctx=ctx, **dict(cmap='gray')|kwargs)
 
 class ImageSet:
     "Images (N,C,H,W), as bytes or as floats in [0,1], with their labels (N,) and the names of the classes"

@@ -101,7 +101,7 @@ def integer_network(
     model:nn.Module, # A twin: a network after `quantize`
 ) -> nn.Module: # The same network, on the CPU, in eval mode
     "A copy of `model` with integer weights, BatchNorm folded into them: what is exported"
-    import_module('torch.ao.quantization.fx._decomposed')  # registers quantized_decomposed, which exporters and integer kernels know
+    import_module('torch.ao.quantization.fx')  # registers quantized_decomposed, which exporters and integer kernels know
     model = copy.deepcopy(bare(model)).to('cpu', memory_format=torch.contiguous_format).eval()
     if isinstance(model, PixelModel):
         model.model = integer_network(model.model)

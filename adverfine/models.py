@@ -110,7 +110,8 @@ class SelfAttention(nn.Module):
         "Turn it back, as long as all is as it was"
         self.in_proj_weight,self.in_proj_bias = self.in_proj.weight,self.in_proj.bias
         del self.in_proj
-        self.out_proj.__class__,self.__class__ = nn.modules.linear.NonDynamicallyQuantizableLinear,nn.MultiheadAttention
+        as_made = nn.MultiheadAttention(1, 1, device='meta')
+        self.out_proj.__class__,self.__class__ = type(as_made.out_proj),type(as_made)
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
         "As that of `nn.MultiheadAttention`; `query`, `key` and `value` are one tensor"
@@ -143,7 +144,7 @@ def opened(
     def note(m, args, kwargs):
         q,k,v = (args[i] if i<len(args) else kwargs[o] for i,o in enumerate(('query', 'key', 'value')))
         (found.append if q is k is v else others.add)(m)
-    plain = [m for m in model.modules() if type(m) is nn.MultiheadAttention and m._qkv_same_embed_dim and m.bias_k is None and not m.add_zero_attn]
+    plain = [m for m in model.modules() if type(m) is nn.MultiheadAttention and m.in_proj_weight is not None and m.bias_k is None and not m.add_zero_attn]
     if plain:
         hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in plain]
         try:
@@ -179,7 +180,7 @@ def set_heads(
 def bf16_is_fast() -> bool:
     "Whether this machine multiplies bfloat16 matrices in hardware"
     if torch.cuda.is_available(): return torch.cuda.is_bf16_supported()
-    return getattr(torch.cpu, '_is_amx_tile_supported', bool)()
+    return getattr(torch.cpu, 'get_capabilities', dict)().get('amx_tile', False) # torch 2.10 cannot say
 
 # %% ../nbs/02_models.ipynb #b185e305
 @torch.no_grad()

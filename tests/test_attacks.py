@@ -2,7 +2,7 @@
 import copy
 from functools import partial
 import pytest, torch, torchattacks
-from torch import nn
+from torch import Tensor, nn
 from fastai.vision.all import Learner, set_seed
 from adverfine.adversarial import *
 from adverfine.attacks import *

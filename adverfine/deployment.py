@@ -253,10 +253,10 @@ def _kernels(network, x):
 
 def _programs(network, x, sizes):
     "`network` compiled for each of `sizes`; for none where that does not work"
-    from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
+    from torch.compiler import config as compiler
     try:
-        with inductor.patch(freezing=True), dynamo.patch(recompile_limit=256), torch.no_grad():
+        with inductor.patch(freezing=True), compiler.patch(recompile_limit=256), torch.no_grad():
             return {n: _program(network, x[torch.arange(n)%len(x)]) for n in tqdm(sizes, desc='compiling', leave=False, delay=3)}
     except Exception as e:
         warnings.warn(f"torch.compile does not work here ({type(e).__name__}: {' '.join(str(e).split()[:12])}): the network runs kernel by kernel")

@@ -30,8 +30,7 @@ private_parts = {
     'torch._inductor.constant_folding.constant_fold': "integer weights are rounded once: only Inductor has it",
     'torch._inductor.fx_passes.freezing_patterns.freezing_passes': "puts integer kernels into the graph: only Inductor has it",
     'torch._inductor.compile_fx.compile_fx': "a program that can be called without guards: torch.compile gives guarded ones",
-    'torch._inductor.config': "freezing has to hold for Dynamo too, which torch.compile(options=...) does not reach",
-    'torch._dynamo.config': "more programs for one forward than 8: torch.compiler.config has had no recompile_limit since 2.10"}
+    'torch._inductor.config': "freezing has to hold for Dynamo too, which torch.compile(options=...) does not reach"}
 
 _loaders = 'import_module', 'find_spec', 'resolve_name'
 

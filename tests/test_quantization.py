@@ -1,5 +1,5 @@
 "Codes, steps, calibration and the swap, on tensors that can be checked by hand"
-import math, operator
+import warnings, math, operator
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.learner import Learner
@@ -257,11 +257,21 @@ def test_the_learner_calibrates_on_as_many_batches_as_it_is_told():
     assert id(learn.model[2].w_quant.log_gain) in mine and id(learn.model[2].x_quant.log_gain) in mine
     with pytest.raises(ValueError, match='bits=5'): learn.quantize(5)
 
-def test_what_cannot_be_traced_has_no_graph():
-    class Forks(nn.Module):
-        def forward(self, x): return x if x.sum()>0 else -x
-    assert traced(Forks()) is None and traced(Sum(operator.add)) is not None
+class Forks(nn.Module):
+    "Cannot be traced"
+    def __init__(self): super().__init__(); self.conv,self.norm = nn.Conv2d(1, 4, 3),nn.BatchNorm2d(4)
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return (x if x.sum()>0 else -x).mean((2,3))
+
+def test_what_cannot_be_traced_has_no_graph_and_says_so():
+    with pytest.warns(UserWarning, match='cannot trace Forks .*control flow.*so that is left out'): assert traced(Forks(), 'that is left out') is None
+    with pytest.warns(UserWarning, match='BatchNorms feed into additions stays float32'): quantize(Forks(), 8, [torch.rand(4, 1, 8, 8)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        quantize(Forks(), 8, [torch.rand(4, 1, 8, 8)], sums=False)       # nothing is left out
+        assert traced(nn.Linear(2, 2), '') is None                       # no BatchNorm, nothing to find
     net = Sum(operator.add)
     quantize(net, 8, [torch.rand(4, 1, 5, 5)])
-    calls = {n.target for n in traced(net).nodes if n.op=='call_module'}
+    calls = {n.target for n in traced(net, '').nodes if n.op=='call_module'}
     assert calls=={'stem', 'a', 'b', 'na', 'nb', 'twice', 'head'}         # a quantized layer is one call

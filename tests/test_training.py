@@ -343,6 +343,10 @@ def test_crafting_network_stands_back():
     x = torch.rand(4, 1, 8, 8)
     hooked = cnn8(size=8)
     hooked[1].register_forward_hook(lambda m, i, o: o*2)
+    class Choosy(nn.Module):
+        def __init__(self): super().__init__(); self.conv = nn.Conv2d(1, 8, 3)
+        def forward(self, x): return (self.conv(x) if x.mean()>0 else x).mean((2,3))
+    with pytest.warns(UserWarning, match='Choosy is crafted on as it is, since torch.fx cannot trace it'): assert crafting_network(Choosy(), x) is None
     parametrized = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 10, 3)), nn.Flatten())
     quantized = cnn8(size=8); quantize(quantized, 8, [x])
     for net in hooked, parametrized, quantized, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)): assert crafting_network(net, x) is None

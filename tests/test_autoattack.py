@@ -83,6 +83,12 @@ class Plateau(Bowl):
         z = super().forward(x)
         return torch.tensor([0., -1, -2, -3], dtype=x.dtype)+z-z.detach()
 
+class Ridge(nn.Module):
+    "Rises for a long time, ever more slowly, along the sphere around grey; never wrong"
+    def forward(self, x):
+        a = 30-(torch.tensor([50., 49, 48, 47], dtype=x.dtype).view(1, 1, 2, 2)*(x-.5).square()).sum((1,2,3))
+        return torch.stack([0*a, -a, -2*a, -3*a], 1)
+
 def _reference_apgd(threat, f, grad, x, first, steps, rho=.75):
     "Algorithm 1 of the paper, with the whole-numbered windows of its authors' code, for one image"
     window,least,shrink = (max(int(o*steps), 1) for o in (.22, .06, .03))
@@ -113,18 +119,19 @@ def test_apgd_is_the_algorithm_of_the_paper(norm, loss, steps):
     x = torch.full((3, 1, 2, 2), .5, dtype=torch.float64) + torch.tensor([0., .1, -.1]).view(3, 1, 1, 1)
     labels = torch.zeros(3, dtype=torch.long)
     attack = APGD(.2, norm=norm, steps=steps, loss=loss)
-    for kind,peak in (Bowl, [.53, .41, .5, .62]), (Bowl, [.9, .1, .55, .5]), (Plateau, [.53, .41, .5, .62]):
-        net = Spy(kind(torch.tensor(peak).double().view(1, 1, 2, 2)))
+    each = dict(ce=cross_entropy, margin=margin, dlr=dlr)[loss]
+    near,far = (torch.tensor(o).double().view(1, 1, 2, 2) for o in ([.53, .41, .5, .62], [.9, .1, .55, .5]))
+    for net in Bowl(near), Bowl(far), Plateau(near), Ridge():
+        net = Spy(net)
         found = attack(net, x, labels, _seed())
         first = attack._start(x, _seed())
         asked = net.seen[:]
-        each = dict(ce=cross_entropy, margin=margin, dlr=dlr)[loss]
         for i in range(3):
             f = lambda o: each(net(o).float(), labels[i:i+1]).item()
             grad = lambda o: value_and_grad(net, o, labels[i:i+1], each)[2]
             best,mine = _reference_apgd(attack.threat, f, grad, x[i:i+1], first[i:i+1].double(), steps)
-            torch.testing.assert_close(torch.stack([o[i:i+1] for o in asked[:steps+1]]), torch.stack(mine), rtol=1e-4,
-                atol=1e-5)
+            theirs = torch.stack([o[i:i+1] for o in asked[:steps+1]])
+            torch.testing.assert_close(theirs, torch.stack(mine), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found[i:i+1], best, rtol=1e-4, atol=1e-5)
 
 def test_apgd_starts_on_the_sphere():
@@ -251,7 +258,7 @@ def test_fab_finds_the_boundary_of_a_linear_network(norm):
 @norms
 @pytest.mark.parametrize('clamp', [True, False])
 def test_fab_takes_the_steps_of_the_paper(norm, clamp):
-    net,x = Spy(_linear()),torch.rand(1, 1, 2, 2, generator=_seed(3), dtype=torch.float64)
+    net,x = Spy(_linear()),torch.tensor([.01, .98, .02, .5], dtype=torch.float64).view(1, 1, 2, 2)
     label = net(x).argmax(1)
     attack = FAB(1e-3, norm=norm, clamp=clamp, steps=6, targets=1)        # too small a budget to succeed
     target = _ranked_classes(net, x, label, 1)[0,0]
@@ -270,6 +277,7 @@ def test_fab_takes_the_steps_of_the_paper(norm, clamp):
         asked += [adv,new]
         adv = x+.9*(new-x) if net.net(new).argmax(1)!=label else new
     torch.testing.assert_close(torch.stack(net.seen[1:13]), torch.stack(asked), rtol=1e-4, atol=1e-6)
+    assert clamp or torch.stack(asked).min()<0 or torch.stack(asked).max()>1
 
 @norms
 def test_without_slopes_nothing_moves(norm):

@@ -115,6 +115,7 @@ def test_look():
 
 def test_budget():
     assert _value('budget', _case(None, far=.1))==0==_value('budget', _case(None, far=.05))
+    assert _value('budget', _case(None))==_case(None).far==0 and _case(None).clean==1
     assert _value('budget', _case(None, far=.1+2e-6))==pytest.approx(2e-6)
     assert 'beyond' in _measure('budget', _case(None, far=.1+2e-6))[1]
     assert 'no adv' in _measure('budget', _case(None, far=.1+5e-7))[1]

@@ -142,7 +142,7 @@ class _Pruner:
             trial = replace(plan, level=level, macs=None)
             try: tried[level] = _rehearse(model, x, _cuts(self.groups, scores, trial.left(self.groups, scores)))/full
             except ValueError:
-                if tried or hi-lo<.01: raise
+                if not tried and hi-lo<.01: raise
                 hi = level
                 continue
             if abs(tried[level]-plan.macs)<.002: break

@@ -306,7 +306,7 @@ def test_macs_by_bisection():
     pair = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
     with pytest.raises(ValueError, match='macs=0.75 cannot be had: the nearest that pruning reaches is 0.500'):
         prune(pair, None, x, macs=.75)
-    with pytest.raises(ValueError, match='would leave none'): prune(_chain(), None, x, macs=.03)
+    with pytest.raises(ValueError, match='macs=0.03 cannot be had'): prune(_chain(), None, x, macs=.03)
     net = cnn8(size=8)
     prune(net, None, x, macs=.9, scope='global', floor=.5)
     with pytest.raises(ValueError, match='more than floor=0.9 leaves to cut'):
@@ -361,3 +361,13 @@ def test_the_state_follows_the_weights(mom):
     assert mine=={id(p) for p in learn.model.parameters()} and len(kept)==4
     if mom: assert torch.equal(learn.opt.state[new]['grad_avg'], averages[kept])
     _fit(learn, 1, [])
+
+def test_macs_are_reached_beyond_an_impossible_level():
+    "Level .875 would leave nothing of 6 channels, and .8 leaves what is asked for"
+    def make(): return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    x = torch.rand(2, 1, 8, 8)
+    by_level = prune(make(), .8, x)
+    share = macs(by_level, x)/macs(make(), x)
+    by_macs = prune(make(), None, x, macs=share)
+    assert macs(by_macs, x)==macs(by_level, x)
+    with pytest.raises(ValueError, match='macs=0.01 cannot be had: the nearest that pruning reaches is 0'): prune(make(), None, x, macs=.01)

@@ -22,7 +22,7 @@ from . import __version__
 from .files import locked, write_atomic
 from .threat import *
 from .models import *
-from .layers import layer_kind, quantized_classes
+from .layers import layer_kind
 from .cost import *
 from .quantization import *
 

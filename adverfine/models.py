@@ -131,7 +131,7 @@ def _mask(padding, mask, like):
     "Both masks as one to be added to the scores, or None"
     def floats(m): return m.to(like.dtype) if m.dtype!=torch.bool else torch.zeros_like(m, dtype=like.dtype).masked_fill_(m, float('-inf'))
     both = [floats(padding)[...,None,None,:]] if padding is not None else []
-    if mask is not None: both.append(floats(mask) if mask.dim()==2 else floats(mask).unflatten(0, (-1, like.shape[-3])))
+    if mask is not None: both.append(floats(mask) if mask.dim()==2 or like.dim()==3 else floats(mask).unflatten(0, (-1, like.shape[-3])))
     return sum(both) if both else None
 
 @contextmanager

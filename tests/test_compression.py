@@ -245,8 +245,8 @@ def test_open_attention_is_the_same_function(kw, shape):
     for masks in {}, dict(attn_mask=float_mask), dict(attn_mask=bool_mask), dict(attn_mask=per_head), dict(key_padding_mask=padding), dict(attn_mask=bool_mask, key_padding_mask=padding):
         for weights in dict(need_weights=False), dict(need_weights=True), dict(need_weights=True, average_attn_weights=False):
             (a,wa),(b,wb) = (m(x, x, x, **masks, **weights) for m in (closed, attn))
-            assert torch.allclose(a, b, atol=1e-6), (masks, weights)
-            assert (wa is None and wb is None) or torch.allclose(wa, wb, atol=1e-6)
+            assert a.shape==b.shape and torch.allclose(a, b, atol=1e-6), (masks, weights)
+            assert (wa is None and wb is None) or wa.shape==wb.shape and torch.allclose(wa, wb, atol=1e-6)
     attn.close()
     assert type(attn) is nn.MultiheadAttention and list(attn.state_dict())==list(closed.state_dict()) and torch.equal(attn(x, x, x)[0], closed(x, x, x)[0])
 

@@ -1,24 +1,45 @@
 """What one needs every day, with fastai's vision: `from adverfine.all import *`
 
-Everything else is reached through its module, such as `adverfine.guards.guards`. No name of `fastai.vision.all` changes its meaning.
+Everything else is reached through its module, such as `adverfine.evaluation.guards`. No name of `fastai.vision.all` changes its meaning.
 """
 from fastai.vision.all import *
 from .threat import PixelModel, PixelSpace, ThreatModel, pixel_space
-from .data import BatchDL, ImageSet, cifar10_dls, digits_dls, fashion_mnist_dls, image_dls, pixels
-from .models import cnn8, evaluating, frozen, resnet18_cifar
-from .cost import Cost, cost, latency, macs, storage_bytes
-from .attacks import FGSM, FGSMRS, NFGSM, PGD, Attack, TorchAttack, Transfer
-from .autoattack import APGD, FAB, AutoAttack, Square
-from .channels import Taylor
-from .pruning import PruningPlan, StructuredPruning, prune
-from .sensitivity import robust_sensitivity
-from .quantization import quantize
-from .acceleration import BF16, Compile
-from .objectives import MART, RSLAD, TRADES, Madry, Objective
-from .adversarial import AdversarialTraining, CatastrophicOverfitting, FreeAdversarialTraining, RobustAccuracy, RobustOverfitting
-from .evaluation import RobustnessReport, evaluate
-from .checkpoint import compressed_info, load_compressed
-from .recipes import AWP, EpsilonWarmup, WeightAverage, compress
-from .deployment import OnnxNetwork, integer_network, lower, to_onnx, write_onnx
-from .study import Cell, Study
-from .report import accuracy_table, plot_study, write_report
+from .networks.zoo import cnn8, resnet18_cifar
+from .networks.modes import evaluating, frozen
+from .networks.cost import Cost, cost, latency, macs, storage_bytes
+from .data.images import BatchDL, ImageSet, image_dls
+from .data.pixels import pixels
+from .data.sources import cifar10_dls, digits_dls, fashion_mnist_dls
+from .attacks.attack import Attack
+from .attacks.gradient import FGSM, FGSMRS, NFGSM, PGD
+from .attacks.adaptive import Transfer
+from .attacks.torchattacks import TorchAttack
+from .attacks.apgd import APGD
+from .attacks.fab import FAB
+from .attacks.square import Square
+from .attacks.autoattack import AutoAttack
+from .compression.importance import Taylor
+from .compression.plan import PruningPlan
+from .compression.pruning import StructuredPruning, prune
+from .compression.sensitivity import robust_sensitivity
+from .compression.quantization import quantize
+from .evaluation.report import RobustnessReport
+from .evaluation.robustness import evaluate
+from .evaluation.metric import RobustAccuracy
+from .deployment.checkpoint import compressed_info, load_compressed
+from .deployment.integer import integer_network
+from .deployment.onnx import OnnxNetwork, to_onnx, write_onnx
+from .deployment.lowered import lower
+from .training.acceleration import BF16, Compile
+from .training.objectives import MART, RSLAD, TRADES, Madry, Objective
+from .training.adversarial import AdversarialTraining
+from .training.free import FreeAdversarialTraining
+from .training.selection import KeepMostRobust, StopOnCatastrophe
+from .training.averaging import WeightAverage
+from .training.perturbation import AWP
+from .training.warmup import EpsilonWarmup
+from .training.recipes import compress
+from .study.protocol import Cell
+from .study.study import Study
+from .study.tables import accuracy_table, plot_study
+from .study.page import write_report

@@ -4,13 +4,17 @@ from functools import partial
 import pytest, torch, torchattacks
 from torch import Tensor, nn
 from fastai.vision.all import Learner, set_seed
-from adverfine.adversarial import *
-from adverfine.attacks import *
-from adverfine.data import *
-from adverfine.evaluation import *
-from adverfine.models import *
-from adverfine.quantization import *
-from adverfine.threat import *
+from adverfine.threat import pixel_space
+from adverfine.networks.zoo import cnn8
+from adverfine.networks.modes import evaluating
+from adverfine.data.pixels import pixels
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.evaluation.robustness import evaluate
+from adverfine.evaluation.metric import RobustAccuracy
+from adverfine.training.acceleration import BF16
+from adverfine.training.adversarial import AdversarialTraining
+import adverfine.compression.quantization, fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 
 @pytest.fixture(scope='module')
 def learn():

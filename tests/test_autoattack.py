@@ -1,12 +1,14 @@
 "The published algorithms once more, in loops over single images; squares, planes and losses checked by hand"
-import math
-from dataclasses import replace
 import pytest, torch
 from torch import nn
-from adverfine.attacks import *
-from adverfine.autoattack import *
-from adverfine.autoattack import _Draw, _Standing, _bump, _ranked_classes
-from adverfine.threat import *
+from adverfine.threat import ThreatModel
+from adverfine.attacks.attack import Attack, cross_entropy, value_and_grad
+from adverfine.attacks.losses import dlr, margin, targeted_dlr
+from adverfine.attacks.scoring import ranked_classes, Standing
+from adverfine.attacks.apgd import APGD
+from adverfine.attacks.fab import FAB, to_plane
+from adverfine.attacks.square import _bump, _Draw, Square
+from adverfine.attacks.autoattack import AutoAttack
 
 def _seed(n=0): return torch.Generator().manual_seed(n)
 norms = pytest.mark.parametrize('norm', ['linf', 'l2'])
@@ -39,16 +41,16 @@ def test_losses():
     assert dlr(out[:,:3], y).shape==(2,) and targeted_dlr(out[:,:4], y, y).shape==(2,)
     with pytest.raises(ValueError, match="needs 3 classes or more, the model has 2"): dlr(out[:,:2], y)
     with pytest.raises(ValueError, match="needs 4 classes or more, the model has 3"):
-        _ranked_classes(lambda x: out[:,:3], torch.rand(2, 1, 2, 2), y, 9)
+        ranked_classes(lambda x: out[:,:3], torch.rand(2, 1, 2, 2), y, 9)
 
 def test_targets_are_the_likeliest_wrong_classes():
     model = lambda x: out
-    assert _ranked_classes(model, torch.rand(2, 1, 2, 2), y, 2).tolist()==[[2, 1], [1, 3]]
-    assert _ranked_classes(model, torch.rand(2, 1, 2, 2), y, 9).tolist()==[[2, 1, 4, 3], [1, 3, 0, 4]]
+    assert ranked_classes(model, torch.rand(2, 1, 2, 2), y, 2).tolist()==[[2, 1], [1, 3]]
+    assert ranked_classes(model, torch.rand(2, 1, 2, 2), y, 9).tolist()==[[2, 1, 4, 3], [1, 3, 0, 4]]
 
 def test_standing_images():
     x = torch.arange(20.).view(20, 1, 1, 1)
-    s = _Standing(None, x, torch.zeros(20, dtype=torch.long))
+    s = Standing(None, x, torch.zeros(20, dtype=torch.long))
     s.extra,s.scalar,s.other = torch.arange(20),torch.tensor(3.),torch.arange(3)
     s.fell(x+100, torch.arange(20)==4)
     assert s.compact() and len(s.x)==20                            # less than a tenth
@@ -155,7 +157,7 @@ def test_apgd_lets_go_of_what_fell_and_aims_at_each_class():
         spy = Spy(strong)
         attack(spy, x, 0*labels, _seed())
         assert len(spy.seen)==passes
-        assert sum(3 for _ in range(8*passes//9))<=attack.cost
+        assert sum(3 for _ in range(8*passes//9))<=attack.passes
 
 def test_targeted_apgd_reaches_its_target():
     net,x = _linear(),torch.rand(20, 1, 2, 2, generator=_seed(1), dtype=torch.float64)
@@ -180,11 +182,11 @@ def test_apgd_refuses():
     assert APGD(.1, targets=1, loss='dlr').targets==1
 
 def test_prices_and_names():
-    assert APGD(.1).cost==305 and APGD(.1, steps=10, restarts=2).cost==70
-    assert APGD(.1, steps=10, restarts=2, loss='dlr', targets=3).cost==210
-    assert FAB(.1).cost==402*9 and FAB(.1, steps=10, targets=2).cost==84 and Square(.1).cost==5001
-    assert AutoAttack(.1, version='fast').cost==125+501
-    assert AutoAttack(.1).cost==305+9*305+402*9+5001
+    assert APGD(.1).passes==305 and APGD(.1, steps=10, restarts=2).passes==70
+    assert APGD(.1, steps=10, restarts=2, loss='dlr', targets=3).passes==210
+    assert FAB(.1).passes==402*9 and FAB(.1, steps=10, targets=2).passes==84 and Square(.1).passes==5001
+    assert AutoAttack(.1, version='fast').passes==125+501
+    assert AutoAttack(.1).passes==305+9*305+402*9+5001
     assert [o.name for o in AutoAttack(.1).parts]==['APGD-CE', 'APGD-T', 'FAB-T', 'Square']
     assert not Square(.1).white_box and APGD(.1).white_box
     ce,square = AutoAttack(.1, version='fast').parts
@@ -261,7 +263,7 @@ def test_fab_takes_the_steps_of_the_paper(norm, clamp):
     net,x = Spy(_linear()),torch.tensor([.01, .98, .02, .5], dtype=torch.float64).view(1, 1, 2, 2)
     label = net(x).argmax(1)
     attack = FAB(1e-3, norm=norm, clamp=clamp, steps=6, targets=1)        # too small a budget to succeed
-    target = _ranked_classes(net, x, label, 1)[0,0]
+    target = ranked_classes(net, x, label, 1)[0,0]
     net.seen.clear()
     attack(net, x, label)
     w = (net.net[1].weight[target]-net.net[1].weight[label[0]]).detach().view_as(x)

@@ -4,14 +4,15 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from fastai.learner import Learner
-from adverfine.checkpoint import *
-from adverfine.checkpoint import _checksum, _sha
-from adverfine.cli import main
-from adverfine.data import *
+from adverfine.threat import pixel_space, PixelModel
 from adverfine.files import write_atomic
-from adverfine.models import *
-from adverfine.pruning import *
-from adverfine.threat import *
+from adverfine.networks.zoo import cnn8, resnet18_cifar
+from adverfine.networks.modes import evaluating
+from adverfine.data.images import image_dls
+from adverfine.data.sources import cifar_vocab, digits_dls
+from adverfine.deployment.checkpoint import _checksum, _sha, compressed_info, load_compressed
+from adverfine.cli import main
+import adverfine.compression.pruning, adverfine.compression.quantization  # noqa: F401 verbs of a Learner
 
 dls = digits_dls(n_train=256)
 

@@ -1,23 +1,27 @@
 "Callbacks with callbacks, and what people do between two fits: equal gradients, equal numbers"
-from copy import deepcopy
 from itertools import combinations
 import warnings
 import pytest, torch, torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.vision.all import Callback, CrossEntropyLossFlat, LabelSmoothingCrossEntropy, Learner, SGD, set_seed
-from adverfine.acceleration import BF16, crafting_network
-from adverfine.adversarial import AdversarialTraining, FreeAdversarialTraining, RobustAccuracy
-from adverfine.attacks import FGSMRS, PGD
-from adverfine.autoattack import APGD
-from adverfine.data import digits_dls
-from adverfine.models import bare, cnn8
-from adverfine.objectives import MART, Madry, RSLAD, TRADES
-from adverfine.recipes import AWP, EpsilonWarmup, WeightAverage
-import adverfine.pruning, adverfine.quantization
+from adverfine.networks.zoo import cnn8
+from adverfine.networks.modes import bare
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.gradient import PGD
+from adverfine.attacks.apgd import APGD
+from adverfine.evaluation.metric import RobustAccuracy
+from adverfine.training.acceleration import BF16
+from adverfine.training.objectives import Madry, MART, RSLAD, TRADES
+from adverfine.training.adversarial import AdversarialTraining
+from adverfine.training.free import FreeAdversarialTraining
+from adverfine.training.averaging import WeightAverage
+from adverfine.training.perturbation import AWP
+from adverfine.training.warmup import EpsilonWarmup
+import adverfine.compression.pruning, adverfine.compression.quantization, fastai.callback.progress  # noqa: F401 verbs of a Learner
 
 attack,lr,gamma = PGD(.1, steps=2, random_start=False),.05,.02
 

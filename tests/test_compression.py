@@ -4,16 +4,22 @@ from functools import partial
 import pytest, torch, torchvision
 from torch import nn
 from fastai.vision.all import Learner, SGD, Adam, OptimWrapper
-from adverfine.acceleration import *
-from adverfine.adversarial import *
-from adverfine.attacks import *
-from adverfine.checkpoint import *
-from adverfine.cost import *
-from adverfine.data import *
-from adverfine.models import *
-from adverfine.channels import *
-from adverfine.pruning import *
-from adverfine.quantization import *
+from adverfine.networks.zoo import cnn8, resnet18_cifar
+from adverfine.networks.attention import SelfAttention
+from adverfine.networks.cost import cost, macs
+from adverfine.data.pixels import training_batches
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.gradient import PGD
+from adverfine.compression.importance import Taylor
+from adverfine.compression.plan import PruningPlan
+from adverfine.compression.pruning import prune, StructuredPruning
+from adverfine.compression.quantizers import calibrations, Quantizer
+from adverfine.compression.quantization import QuantBatchNorm2d, quantize, QuantLinear
+from adverfine.evaluation.metric import RobustAccuracy
+from adverfine.deployment.checkpoint import load_compressed
+from adverfine.training.acceleration import BF16
+from adverfine.training.adversarial import AdversarialTraining
+import fastai.callback.progress  # noqa: F401 verbs of a Learner
 
 opts = dict(sgd=partial(SGD, mom=.9), adam=Adam, torch_sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), torch_adam=partial(OptimWrapper, opt=torch.optim.Adam))
 

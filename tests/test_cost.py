@@ -1,7 +1,7 @@
 "Multiply-accumulates against the formulas"
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from adverfine.cost import macs
+from adverfine.networks.cost import macs
 
 class Attention(nn.Module):
     "4 heads of 5 numbers, 6 queries, 7 keys of `kv_heads` heads"

@@ -1,9 +1,10 @@
 "Where data sets are looked for, what is said of missing and damaged ones"
 import gzip, os, pickle, struct
-from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from adverfine.data import *
+from adverfine.data.images import image_dls
+from adverfine.data.sources import cifar10_dls, cifar_vocab, digits_dls, fashion_mnist_dls
+import fastai.callback.progress  # noqa: F401 verbs of a Learner
 
 def _idx(a): return b'\0\0\x08' + bytes([a.ndim]) + struct.pack(f'>{a.ndim}I', *a.shape) + a.tobytes()
 
@@ -96,9 +97,9 @@ def test_bytes_and_floats_are_the_same_images():
 def test_fastai_finds_its_way(tmp_path):
     "What fastai does with any image data: show, predict, interpret, export"
     from fastai.vision.all import ClassificationInterpretation, Learner
-    from adverfine.adversarial import RobustAccuracy
-    from adverfine.attacks import PGD
-    from adverfine.models import cnn8
+    from adverfine.evaluation.metric import RobustAccuracy
+    from adverfine.attacks.gradient import PGD
+    from adverfine.networks.zoo import cnn8
     learn = Learner(digits_dls(normalize=(.5,.5), n_train=200), cnn8(size=8), metrics=RobustAccuracy(PGD(.1, steps=1)), path=tmp_path)
     learn.dls.show_batch()
     with learn.no_bar():
@@ -115,7 +116,7 @@ def test_fastai_predicts_interprets_and_exports(tmp_path, kind, normalize):
     import matplotlib.pyplot as plt
     from fastai.interpret import ClassificationInterpretation
     from fastai.learner import Learner, load_learner
-    from adverfine.models import cnn8
+    from adverfine.networks.zoo import cnn8
     from adverfine.threat import pixel_space
     names,g = [f'class {o}' for o in 'abcdefghij'],torch.Generator().manual_seed(0)
     x,y = torch.randint(256, (60, 1, 8, 8), dtype=torch.uint8, generator=g),torch.arange(60)%10

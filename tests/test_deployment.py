@@ -1,20 +1,24 @@
 "Artifacts are the twin: integers, ONNX, PyTorch's integer kernels"
-import copy
 import pytest, torch
 from torch import nn
 from fastai.vision.all import Learner
-from adverfine import deployment
-from adverfine.checkpoint import *
-from adverfine.data import *
-from adverfine.deployment import *
-from adverfine.evaluation import *
-from adverfine.attacks import *
-from adverfine.autoattack import *
-from adverfine.models import *
-from adverfine.pruning import *
-from adverfine.quantization import *
-from adverfine.recipes import *
-from adverfine.threat import *
+from adverfine.threat import pixel_space
+from adverfine.networks.zoo import cnn8, resnet18_cifar
+from adverfine.data.images import image_dls
+from adverfine.data.pixels import pixels
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.gradient import PGD
+from adverfine.attacks.square import Square
+from adverfine.compression.pruning import prune
+from adverfine.compression.quantization import QuantBatchNorm2d, quantize
+from adverfine.evaluation.robustness import evaluate
+from adverfine.deployment.checkpoint import compressed_info, load_compressed
+from adverfine.deployment.integer import check_agreement, integer_network, IntegerConv2d, IntegerLinear
+from adverfine.deployment import onnx as onnx_room
+from adverfine.deployment.onnx import OnnxNetwork, to_onnx
+from adverfine.deployment.lowered import lower
+from adverfine.training.recipes import compress
+import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 
 def _net(x, seed=0):
     "Every kind of neighbourhood: BatchNorm or not, negative scales, a bias or none, groups, signed inputs, a sum"
@@ -106,7 +110,7 @@ def test_an_artifact_that_decides_otherwise_is_not_written(learn, tmp_path, monk
     file.write_bytes(b'old')
     class Wrong(OnnxNetwork):
         def __call__(self, x): return super().__call__(x).roll(1, 1)
-    monkeypatch.setattr(deployment, 'OnnxNetwork', Wrong)
+    monkeypatch.setattr(onnx_room, 'OnnxNetwork', Wrong)
     with pytest.raises(ValueError, match='99.5% are needed: nothing was written'): learn.export_onnx(file)
     assert file.read_bytes()==b'old' and list(tmp_path.iterdir())==[file]
 
@@ -134,7 +138,7 @@ def test_a_network_that_cannot_be_exported_says_why():
     with pytest.raises(ValueError, match=r'PyTorch cannot export Asks \(.*data-dependent'): to_onnx(Asks(), (1, 8, 8))
 
 def test_missing_packages_are_named(learn, tmp_path, monkeypatch):
-    monkeypatch.setattr(deployment, 'find_spec', lambda o: None)
+    monkeypatch.setattr(onnx_room, 'find_spec', lambda o: None)
     with pytest.raises(ImportError, match=r"pip install 'adverfine\[onnx\]'"): learn.export_onnx(tmp_path/'net.onnx')
     with pytest.raises(ImportError, match=r"pip install 'adverfine\[int8\]'"): lower(learn.model, torch.rand(2, 1, 8, 8))
 
@@ -145,7 +149,7 @@ def test_robustness_of_the_artifact_crafts_on_the_twin(learn):
     artifact = OnnxNetwork(to_onnx(twin, (1, 8, 8)))
     report = evaluate(artifact, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], twin=twin, progress=False)
     mine = evaluate(twin, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], progress=False)
-    assert abs(report.clean-mine.clean)<=1/64 and abs(report.robust-mine.robust)<=3/64 and set(report.left)==set(mine.left)
+    assert abs(report.clean-mine.clean)<=1/64 and abs(report.robust-mine.robust)<=3/64 and set(report.robust_after)==set(mine.robust_after)
 
 def test_robustness_of_what_is_deployed_is_that_of_the_artifact(learn):
     "A deployed network that is right for no image has no accuracy, whatever its twin says; Square is added where no attack asks the artifact alone"
@@ -153,8 +157,8 @@ def test_robustness_of_what_is_deployed_is_that_of_the_artifact(learn):
     assert learn.robustness(PGD(.1, steps=2), n=20, deployed=never, progress=False).clean<.2
     right = lambda x: pixel_space(learn.dls).wrap(learn.model)(x).detach()
     report = learn.robustness(PGD(.1, steps=2), n=8, deployed=right, progress=False)
-    assert list(report.left)==['PGD-2', 'Square']
-    assert list(learn.robustness([PGD(.1, steps=2), Square(.1, queries=5)], n=8, deployed=right, progress=False).left)==['PGD-2', 'Square']
+    assert list(report.robust_after)==['PGD-2', 'Square']
+    assert list(learn.robustness([PGD(.1, steps=2), Square(.1, queries=5)], n=8, deployed=right, progress=False).robust_after)==['PGD-2', 'Square']
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith('AVX'), reason='integer kernels of x86')
 def test_lowered_to_integer_kernels():
@@ -231,10 +235,10 @@ def _decides(n, odd, lead):
 @pytest.mark.parametrize('n,odd,lead,fine', [(173, 1, 1., True), (173, 2, 1., False), (173, 9, .02, True), (1000, 5, 1., True), (1000, 6, 1., False), (26, 1, 1., True), (26, 2, 1., False)])
 def test_near_ties_and_single_images_do_not_refuse_an_artifact(n, odd, lead, fine):
     x,twin,artifact = _decides(n, odd, lead)
-    if fine: assert deployment.check_agreement(artifact, twin, x)==pytest.approx(1-odd/n)
+    if fine: assert check_agreement(artifact, twin, x)==pytest.approx(1-odd/n)
     else:
-        with pytest.raises(ValueError, match='near-ties aside'): deployment.check_agreement(artifact, twin, x)
+        with pytest.raises(ValueError, match='near-ties aside'): check_agreement(artifact, twin, x)
 
 def test_logits_that_are_no_numbers_disagree():
     x,twin,_ = _decides(100, 0, 1.)
-    with pytest.raises(ValueError, match='near-ties aside'): deployment.check_agreement(lambda x: torch.full((len(x), 3), float('nan')).roll(1, 1).index_fill(1, torch.tensor(0), 0.), twin, x)
+    with pytest.raises(ValueError, match='near-ties aside'): check_agreement(lambda x: torch.full((len(x), 3), float('nan')).roll(1, 1).index_fill(1, torch.tensor(0), 0.), twin, x)

@@ -3,14 +3,24 @@ import contextlib, copy, inspect, io, json
 import pytest, torch, torchattacks
 from torch import nn
 from fastai.vision.all import Learner, set_seed
-from adverfine.adversarial import *
-from adverfine.attacks import *
-from adverfine.autoattack import *
-from adverfine.data import *
-from adverfine.evaluation import *
-from adverfine.models import *
-from adverfine.quantization import *
-from adverfine.threat import *
+from adverfine.threat import pixel_space, ThreatModel
+from adverfine.networks.zoo import cnn8
+from adverfine.networks.modes import evaluating
+from adverfine.networks.precision import bf16_is_fast
+from adverfine.data.pixels import pixels
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.attack import Attack
+from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.attacks.adaptive import Transfer
+from adverfine.attacks.torchattacks import TorchAttack
+from adverfine.attacks.apgd import APGD
+from adverfine.attacks.fab import FAB
+from adverfine.attacks.square import Square
+from adverfine.attacks.autoattack import AutoAttack
+from adverfine.compression.quantization import quantize
+from adverfine.evaluation.robustness import evaluate
+from adverfine.training.adversarial import AdversarialTraining
+import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 
 @pytest.fixture(scope='module')
 def learn():
@@ -152,9 +162,9 @@ def test_a_twin_that_is_another_network(model, right):
 def test_fields_agree(learn):
     report = learn.robustness([Square(.1, queries=50), PGD(.1, steps=10), FGSM(.1)], n=200)
     assert [a.name for a in report.attacks]==['FGSM', 'PGD-10', 'Square']                      # in order of cost
-    assert list(report.left.values())==sorted(report.left.values(), reverse=True) and report.robust==list(report.left.values())[-1]
+    assert list(report.robust_after.values())==sorted(report.robust_after.values(), reverse=True) and report.robust==list(report.robust_after.values())[-1]
     images,classes,d = report.images(),report.per_class(),json.loads(report.to_json())
-    assert len(images)==200 and images.clean.mean()==report.clean and images.robust.mean()==report.robust and images['PGD-10'].mean()==report.left['PGD-10']
+    assert len(images)==200 and images.clean.mean()==report.clean and images.robust.mean()==report.robust and images['PGD-10'].mean()==report.robust_after['PGD-10']
     assert (classes.n*classes.robust).sum()==pytest.approx(200*report.robust) and d['robust']==report.robust and len(d['outcomes'])==200 and d['verdict']==report.verdict
     assert report.examples
     for x,x_adv,y,pred,_ in report.examples: assert y!=pred and (x_adv-x).abs().max()<=.1+1e-6 and learn.model(x_adv[None]).argmax().item()==pred

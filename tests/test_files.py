@@ -1,5 +1,5 @@
 "Files that several processes write at once, that are killed while they write, and links that somebody planted"
-import os, signal, stat, subprocess, sys, threading, time
+import os, signal, stat, subprocess, sys, threading
 import pytest
 from adverfine import files
 from adverfine.files import *

@@ -1,8 +1,11 @@
 "Each attack by hand, on a linear network"
 import pytest, torch, torch.nn.functional as F, torchattacks
 from torch import nn
-from adverfine.attacks import *
-from adverfine.threat import *
+from adverfine.threat import ThreatModel
+from adverfine.attacks.attack import Attack, cross_entropy, input_grad, logits_of, value_and_grad
+from adverfine.attacks.gradient import FGSM, FGSMRS, NFGSM, PGD, worst_of
+from adverfine.attacks.adaptive import Transfer
+from adverfine.attacks.torchattacks import TorchAttack
 
 class Spy(nn.Module):
     "Logits w x for class 0 and 0 for the others; keeps every batch it is asked about"
@@ -83,7 +86,7 @@ def test_fields_and_what_they_refuse():
     assert PGD(.1, steps=1, restarts=1, random_start=False, step_size=1e-9).steps==1
     assert [o.name for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1), PGD(.1, restarts=2))]==['FGSM', 'FGSM-RS',
         'N-FGSM', 'PGD-10', 'PGD-10x2']
-    assert [o.cost for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1), PGD(.1, 7, restarts=2))]==[3, 3, 3, 30, 42]
+    assert [o.passes for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1), PGD(.1, 7, restarts=2))]==[3, 3, 3, 30, 42]
     for o in (FGSM(.1), FGSMRS(.1), NFGSM(.1), PGD(.1)):
         assert o.white_box and o.soft and o.clamp and o.norm=='linf' and o.parts==(o,) and o.threat==ThreatModel(.1)
     assert Attack.white_box and not Attack.soft
@@ -192,7 +195,7 @@ def test_transfer_crafts_on_its_surrogate():
     attack = Transfer(FGSM(.1, norm='l2', clamp=False), surrogate)
     x_adv = attack(asked, grey, zeros)
     assert torch.equal(x_adv, FGSM(.1, norm='l2', clamp=False)(surrogate, grey, zeros)) and not asked.seen
-    assert not attack.white_box and attack.threat==ThreatModel(.1, 'l2', False) and attack.cost==3
+    assert not attack.white_box and attack.threat==ThreatModel(.1, 'l2', False) and attack.passes==3
     assert attack.name=='FGSM transferred'
 
 def test_torchattacks_settings():
@@ -200,8 +203,8 @@ def test_torchattacks_settings():
             (lambda: TorchAttack(torchattacks.PGD, .1, stepz=3), 'does not take stepz'),
             (lambda: TorchAttack(torchattacks.PGD, 8), '8/255')]:
         with pytest.raises(ValueError, match=why): make()
-    assert [TorchAttack(torchattacks.PGD, .1, **kw).cost for kw in (dict(), dict(steps=7))]==[30, 21]
-    assert TorchAttack(torchattacks.Pixle, .1).cost==300
+    assert [TorchAttack(torchattacks.PGD, .1, **kw).passes for kw in (dict(), dict(steps=7))]==[30, 21]
+    assert TorchAttack(torchattacks.Pixle, .1).passes==300
     assert TorchAttack(torchattacks.PGD, .1).name=='torchattacks PGD'
 
 class Shifted(torchattacks.attack.Attack):

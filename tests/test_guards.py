@@ -2,11 +2,13 @@
 from dataclasses import dataclass
 import pytest, torch
 from torch import nn
-from adverfine.attacks import *
-from adverfine.autoattack import *
-from adverfine.guards import *
-from adverfine.guards import _Rescaled
-from adverfine.models import *
+from adverfine.attacks.attack import Attack
+from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.attacks.adaptive import Transfer
+from adverfine.attacks.apgd import APGD
+from adverfine.attacks.square import Square
+from adverfine.evaluation.cases import Case, guards
+from adverfine.evaluation.guards import _Rescaled, look
 
 class Then(nn.Module):
     def __init__(self, f): super().__init__(); self.f = f
@@ -21,10 +23,10 @@ def _linear(scale=1.):
 
 def _x(n, gap=.02): return (torch.full((n, 4), .5)+torch.tensor([gap, gap, -gap, -gap])).view(n, 1, 2, 2)
 
-def _case(model, n=8, attacks=(PGD(.1),), left=(1.,), gap=.02, **kw):
+def _case(model, n=8, attacks=(PGD(.1),), robust_after=(1.,), gap=.02, **kw):
     x = _x(n, gap)
     kw = dict(stands=torch.ones(n, dtype=torch.bool)) | kw
-    return Case(model, x, torch.zeros(n, dtype=torch.long), attacks=attacks, left=left, **kw)
+    return Case(model, x, torch.zeros(n, dtype=torch.long), attacks=attacks, robust_after=robust_after, **kw)
 
 def _measure(name, case): return guards[name].measure(case)
 def _value(name, case): return _measure(name, case)[0]
@@ -75,7 +77,7 @@ def test_case():
 @pytest.mark.parametrize('thorough', [False, True])
 def test_accuracy_that_an_attack_costs(thorough):
     net,n = _linear(),600
-    case = _case(net, n, left=(.9, .5), thorough=thorough)
+    case = _case(net, n, robust_after=(.9, .5), thorough=thorough)
     case.x[::2,:,:1,:1] = .7                  # every second one falls
     case.stands[:20] = False
     seen.clear()
@@ -108,9 +110,9 @@ def test_look():
     case.x,case.y,case.stands = case.x[:0],case.y[:0],case.stands[:0]
     assert look(case)==()
     net.train()
-    [found] = [o for o in look(_case(net, clean=.5, left=(.5,))) if o.guard=='metric']
+    [found] = [o for o in look(_case(net, clean=.5, robust_after=(.5,))) if o.guard=='metric']
     assert net.training and found.ok and found.value==0==found.limit and str(found).startswith('ok')
-    [found] = [o for o in look(_case(net, clean=.5, left=(.75,))) if o.guard=='metric']
+    [found] = [o for o in look(_case(net, clean=.5, robust_after=(.75,))) if o.guard=='metric']
     assert not found.ok and found.value==.25 and found.source=='house rule' and str(found).startswith('FLAGGED')
 
 def test_budget():
@@ -197,12 +199,12 @@ def test_rescaled_logits_have_unit_size_and_a_constant_scale():
 
 def test_black_box():
     net = _linear()
-    two = dict(attacks=(PGD(.1), Square(.1, queries=5)), left=(.9, .6))
+    two = dict(attacks=(PGD(.1), Square(.1, queries=5)), robust_after=(.9, .6))
     # what Square took is known
     assert _value('black_box', _case(net, **two))==pytest.approx(.3)
     # unless all is wanted: then it is run on what stands
     assert _value('black_box', _case(net, thorough=True, **two))==pytest.approx(.6)
-    assert _value('black_box', _case(net, attacks=(Square(.1, queries=5), PGD(.1)), left=(.9, .6)))==pytest.approx(.6)
+    assert _value('black_box', _case(net, attacks=(Square(.1, queries=5), PGD(.1)), robust_after=(.9, .6)))==pytest.approx(.6)
     assert _value('black_box', _case(net, gap=.2))==0
     assert _measure('black_box', _case(net, attacks=(Square(.1),))) is None
     for thorough,queries in (False, 100), (True, 2000):
@@ -218,7 +220,7 @@ def test_convergence():
             return 1-x if self.steps>=6 else x
     net = _linear()
     seen.clear()
-    assert _value('convergence', _case(net, attacks=(Slow(.1, 3),), left=(.5,)))==.5 and seen==[6]
+    assert _value('convergence', _case(net, attacks=(Slow(.1, 3),), robust_after=(.5,)))==.5 and seen==[6]
     assert _value('convergence', _case(net, attacks=(Slow(.1, 2),)))==0
     assert _value('convergence', _case(net, attacks=(FGSM(.1), Slow(.1, 3))))==1
     # nothing to double: PGD

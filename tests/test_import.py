@@ -31,7 +31,7 @@ def test_import_changes_nothing_of_others():
     "No function, class or method of another library is replaced; what is added are the verbs of a Learner"
     changed,added = _run(snapshot+'''
 before = seen()
-import adverfine.all, adverfine.races, adverfine.bench, adverfine.cli
+import adverfine.all, adverfine.bench.recipes, adverfine.bench.inference, adverfine.cli
 after = seen()
 plain = (types.FunctionType, types.MethodType, type, property, classmethod, staticmethod, types.BuiltinFunctionType)
 changed = [k for k,v in before.items() if isinstance(v, plain) and (k not in after or after[k] is not v)]
@@ -73,7 +73,7 @@ def test_no_name_of_fastai_changes_its_meaning():
 
 @pytest.mark.parametrize('told,kept', [(None, True), ('0', False)])
 def test_keeping_memory_can_be_turned_off(monkeypatch, told, kept):
-    from adverfine import acceleration
+    from adverfine.training import acceleration
     calls = []
     class Library:
         def mallopt(self, what, value):
@@ -91,8 +91,8 @@ def test_a_distributed_fit_leaves_fastai_as_it_is():
 import json, os, torch, torch.distributed as dist
 os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0', ACCELERATE_USE_CPU='true')
 from fastai.distributed import DistributedDL
-from adverfine.acceleration import agree_on_cpu
-from adverfine.data import digits_dls
+from adverfine.training.acceleration import agree_on_cpu
+from adverfine.data.sources import digits_dls
 before = DistributedDL._broadcast
 dls = digits_dls(n_train=100)
 import tempfile

@@ -7,15 +7,19 @@ from torch.nn.parallel import DistributedDataParallel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from fastai.vision.all import BnFreeze, Callback, CancelFitException, CastToTensor, Learner, SGD, TensorImage, accuracy, set_seed
-from adverfine.acceleration import *
-from adverfine.adversarial import *
-from adverfine.attacks import *
-from adverfine.data import *
-from adverfine.evaluation import *
-from adverfine.models import *
-from adverfine.pruning import *
-from adverfine.quantization import *
-from adverfine.threat import *
+from adverfine.threat import pixel_space, PixelModel
+from adverfine.networks.zoo import cnn8
+from adverfine.networks.modes import bare
+from adverfine.data.pixels import pixels
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.compression.pruning import StructuredPruning
+from adverfine.evaluation.robustness import evaluate
+from adverfine.evaluation.metric import RobustAccuracy
+from adverfine.training.acceleration import BF16
+from adverfine.training.adversarial import AdversarialTraining
+from adverfine.training.selection import KeepMostRobust, StopOnCatastrophe
+import adverfine.compression.quantization, fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 from processes import gathered, two_processes
 
 attack = PGD(.1, steps=3)
@@ -91,8 +95,8 @@ def test_tensor_image_batches(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
 def test_cuda(tmp_path):
     learn = _learner(tmp_path, data=dict(normalize=(.5,.5), device=torch.device('cuda')), metrics=RobustAccuracy(attack, n=20))
-    keep = RobustOverfitting()
-    _fit(learn, 3, cbs=[keep, CatastrophicOverfitting(), Sabotage(2)])
+    keep = KeepMostRobust()
+    _fit(learn, 3, cbs=[keep, StopOnCatastrophe(), Sabotage(2)])
     assert {p.device.type for p in learn.model.parameters()}=={'cuda'} and keep.gap>0
     assert _same(_state(learn), load_file(tmp_path/'models'/'best_robust.safetensors'))
     with learn.no_bar(): assert learn.validate()[1]==keep.best
@@ -100,8 +104,8 @@ def test_cuda(tmp_path):
 def test_bf16(tmp_path):
     "All calls are in bfloat16, those of the crafting too; weights, kept weights and the session are not"
     learn = _learner(tmp_path)
-    calls,keep = Calls(learn.model[0]),RobustOverfitting()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 2e-3, cbs=[AdversarialTraining(attack), calls, BF16(), keep, CatastrophicOverfitting()])
+    calls,keep = Calls(learn.model[0]),KeepMostRobust()
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 2e-3, cbs=[AdversarialTraining(attack), calls, BF16(), keep, StopOnCatastrophe()])
     assert {o for _,o in calls.seen}=={torch.bfloat16} and {t for t,_ in calls.seen}=={True, False}
     assert {v.dtype for v in load_file(tmp_path/'models'/'best_robust.safetensors').values()}=={torch.float32}=={p.dtype for p in learn.model.parameters()}
     assert not torch.is_autocast_enabled('cpu') and not learn.model._forward_hooks
@@ -116,7 +120,7 @@ def test_compiled(tmp_path):
     assert (a-b).abs().max() < 1e-5
     assert [m.training for m in bare(compiled.model)]==[True, False, True, True, True]
     assert all(p.requires_grad and p.grad is None for p in compiled.model.parameters())
-    for learn in (plain, compiled): _fit(learn, 2, cbs=[RobustOverfitting(), CatastrophicOverfitting()])
+    for learn in (plain, compiled): _fit(learn, 2, cbs=[KeepMostRobust(), StopOnCatastrophe()])
     a,b = _state(plain),_state(compiled)
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-3)
     assert abs(plain.final_record[3]-compiled.final_record[3]) < .05
@@ -129,7 +133,7 @@ def test_frozen_batchnorm(tmp_path):
     for p in bn.parameters(): p.requires_grad_(False)
     calls = Calls(bn)
     before = {k: v.clone() for k,v in bn.state_dict().items()}
-    _fit(learn, cbs=[calls, CatastrophicOverfitting()])
+    _fit(learn, cbs=[calls, StopOnCatastrophe()])
     assert not any(t for t,_ in calls.seen) and _same(before, bn.state_dict()) and not any(p.requires_grad for p in bn.parameters())
 
     learn = _learner(tmp_path, net=_bn_net)
@@ -182,8 +186,8 @@ def _rank(rank, path):
     set_seed(rank)                                # other random starts in each process, as they would be
     dls = digits_dls(n_train=256, seed=rank)      # and other images
     learn = Learner(dls, ddp, path=path, metrics=RobustAccuracy(attack, n=20))
-    keep,done = RobustOverfitting(),len(reduced)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 2e-3, cbs=[AdversarialTraining(attack), keep, CatastrophicOverfitting(threshold=1), Sabotage(2)])
+    keep,done = KeepMostRobust(),len(reduced)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 2e-3, cbs=[AdversarialTraining(attack), keep, StopOnCatastrophe(threshold=1), Sabotage(2)])
     assert len(reduced)-done==3*len(dls.train)
     a,b = both(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert torch.equal(a, b)                      # one network, also after the best weights came back
@@ -233,14 +237,14 @@ def test_sample_must_be_there(tmp_path):
     with learn.no_bar(), pytest.raises(ValueError, match='n=27, but there are 26'): learn.validate()
     assert RobustAccuracy(attack, seed=3).seed==3
 
-# --- RobustOverfitting
+# --- KeepMostRobust
 
 @pytest.mark.parametrize('end', ['fit', 'cancel', 'error'])
 def test_best_comes_back(tmp_path, end):
     "Best weights at the end of a fit, also of a cancelled one; an error leaves the network as it was, and the file whole"
     learn,states = _learner(tmp_path, net=_bn_net),[]
     learn.quantize(4)
-    keep = RobustOverfitting('the_best')
+    keep = KeepMostRobust('the_best')
     def finish(learn):
         if end=='cancel': raise CancelFitException()
         if end=='error': raise KeyError('trouble')
@@ -260,7 +264,7 @@ def test_best_comes_back(tmp_path, end):
 
 def test_best_after_pruning(tmp_path):
     "Weights from before a cut fit no more: the best of those that do comes back"
-    learn,keep = _learner(tmp_path),RobustOverfitting()
+    learn,keep = _learner(tmp_path),KeepMostRobust()
     shapes = []
     class Shapes(Callback):
         def after_epoch(self): shapes.append(self.model[0].weight.shape[0])
@@ -270,7 +274,7 @@ def test_best_after_pruning(tmp_path):
 
 def test_only_trained_epochs_count(tmp_path):
     "Callbacks that stay on the Learner: `validate`, `lr_find`, `get_preds` and skipped epochs are nobody's best, and no catastrophe"
-    keep,guard = RobustOverfitting(),CatastrophicOverfitting(attack)
+    keep,guard = KeepMostRobust(),StopOnCatastrophe(attack)
     learn = _learner(tmp_path, cbs=[keep, guard])
     with learn.no_bar(), warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
@@ -290,14 +294,14 @@ def test_tied_weights(tmp_path):
             self.a,self.b,self.head = nn.Linear(64, 64),nn.Linear(64, 64),nn.Linear(64, 10)
             self.b.weight = self.a.weight
         def forward(self, x): return self.head(self.b(self.a(x.flatten(1)).relu()).relu())
-    learn = _fit(_learner(tmp_path, net=Tied), 2, cbs=[RobustOverfitting()])
+    learn = _fit(_learner(tmp_path, net=Tied), 2, cbs=[KeepMostRobust()])
     assert learn.model.a.weight is learn.model.b.weight and _same(_state(learn), load_file(tmp_path/'models/best_robust.safetensors'))
 
-# --- CatastrophicOverfitting
+# --- StopOnCatastrophe
 
 def test_guard_goes_back_one_epoch(tmp_path):
     learn,before = _learner(tmp_path),{}
-    guard = CatastrophicOverfitting()
+    guard = StopOnCatastrophe()
     with pytest.warns(UserWarning, match=r'in epoch 4: accuracy under PGD-10 fell from 0\.\d+ to 0\.\d+.*N-FGSM'):
         _fit(learn, 8, cbs=[guard, At(3, lambda o: before.update(_state(o))), Sabotage(4)])
     assert guard.metric.attack==PGD(.1, steps=10) and guard.threshold==.2
@@ -305,20 +309,20 @@ def test_guard_goes_back_one_epoch(tmp_path):
 
 def test_guard_may_only_warn(tmp_path):
     learn = _learner(tmp_path)
-    with pytest.warns(UserWarning, match='in epoch 4') as caught: _fit(learn, 6, cbs=[CatastrophicOverfitting(stop=False), Sabotage(4)])
+    with pytest.warns(UserWarning, match='in epoch 4') as caught: _fit(learn, 6, cbs=[StopOnCatastrophe(stop=False), Sabotage(4)])
     assert len(learn.recorder.values)==6 and len(caught)==1
 
 def test_guard_takes_the_threat_of_the_training(tmp_path):
-    learn,guard = _learner(tmp_path),CatastrophicOverfitting()
+    learn,guard = _learner(tmp_path),StopOnCatastrophe()
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3, cbs=[AdversarialTraining(FGSM(.3, norm='l2', clamp=False)), guard])
         assert guard.metric.attack==PGD(.3, steps=10, norm='l2', clamp=False)
-        with pytest.raises(ValueError, match='no AdversarialTraining'): learn.fit(1, cbs=CatastrophicOverfitting())
-        learn.fit(1, 1e-3, cbs=(other := CatastrophicOverfitting(PGD(.05))))
+        with pytest.raises(ValueError, match='no AdversarialTraining'): learn.fit(1, cbs=StopOnCatastrophe())
+        learn.fit(1, 1e-3, cbs=(other := StopOnCatastrophe(PGD(.05))))
     assert other.metric.attack==PGD(.05)
 
 def test_a_cut_is_no_catastrophe(tmp_path):
-    guard,shares = CatastrophicOverfitting(threshold=.05),[]
+    guard,shares = StopOnCatastrophe(threshold=.05),[]
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         _fit(_learner(tmp_path), 5, 5e-3, cbs=[StructuredPruning(.5), guard, Sabotage(4), *(At(i, lambda o: shares.append(guard.last)) for i in range(5))])
@@ -329,8 +333,8 @@ def test_guards_do_not_disturb(tmp_path):
     plain,guarded = _learner(tmp_path),_learner(tmp_path)
     _fit(plain, 2)
     states = []
-    _fit(guarded, 2, cbs=[RobustOverfitting(), CatastrophicOverfitting(), At(1, lambda o: states.append(_state(o)))])
+    _fit(guarded, 2, cbs=[KeepMostRobust(), StopOnCatastrophe(), At(1, lambda o: states.append(_state(o)))])
     assert _same(states[0], _state(plain))
-    learn,keep = _learner(tmp_path),RobustOverfitting()
-    with pytest.warns(UserWarning, match='catastrophic'): _fit(learn, 8, cbs=[CatastrophicOverfitting(), keep, Sabotage(4)])
+    learn,keep = _learner(tmp_path),KeepMostRobust()
+    with pytest.warns(UserWarning, match='catastrophic'): _fit(learn, 8, cbs=[StopOnCatastrophe(), keep, Sabotage(4)])
     with learn.no_bar(): assert learn.validate()[2]==keep.best and keep.gap>.2

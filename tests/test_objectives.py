@@ -2,11 +2,12 @@
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.learner import Learner
-from adverfine.attacks import *
-from adverfine.autoattack import *
-from adverfine.data import *
-from adverfine.models import *
-from adverfine.objectives import *
+from adverfine.networks.zoo import cnn8
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.attack import Attack
+from adverfine.attacks.gradient import FGSM, FGSMRS, NFGSM, PGD
+from adverfine.attacks.apgd import APGD
+from adverfine.training.objectives import Madry, MART, Objective, RSLAD, TRADES
 
 torch.manual_seed(0)
 adv,clean = 2*torch.randn(2, 5, 4, dtype=torch.float64)

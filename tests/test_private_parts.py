@@ -7,7 +7,7 @@ from pkgutil import resolve_name
 import pytest, torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-from adverfine.data import GreyImage
+from adverfine.data.images import GreyImage
 
 root = Path(__file__).resolve().parents[1]
 
@@ -107,9 +107,9 @@ def uses(
 def overridden():
     "Private parts of classes elsewhere that the library's classes give another value; a metaclass's own do not count"
     found = {}
-    for p in sorted((root/'adverfine').glob('*.py')):
+    for p in sorted((root/'adverfine').rglob('*.py')):
         if p.stem in ('__init__', '_modidx', 'all'): continue
-        module,own = import_module(f'adverfine.{p.stem}'),set(_members(ast.parse(p.read_text())))
+        module,own = import_module('.'.join(p.relative_to(root).with_suffix('').parts)),set(_members(ast.parse(p.read_text())))
         for cls in (o for o in vars(module).values() if isinstance(o, type) and o.__module__==module.__name__):
             for name in filter(_is_private, own & set(vars(cls))):
                 base = next((o for o in cls.__mro__[1:] if name in vars(o) and not o.__module__.startswith('adverfine')), None)
@@ -123,7 +123,7 @@ def check(found, table):
     assert not gone, f'private parts that nothing uses any more: {gone}. Take them out of `private_parts`'
 
 def test_private_parts_are_those_of_the_table():
-    check(uses({p.stem: p.read_text() for p in (root/'adverfine').glob('*.py')}) | overridden(), private_parts)
+    check(uses({'/'.join(p.relative_to(root).with_suffix('').parts): p.read_text() for p in (root/'adverfine').rglob('*.py')}) | overridden(), private_parts)
 
 seen = {
     'import torch._dynamo': 'torch._dynamo', 'import torch._dynamo as d': 'torch._dynamo',
@@ -159,7 +159,7 @@ def test_a_private_part_that_is_overridden_is_seen(monkeypatch):
     "As `_show_args` of fastai's images was: no dot leads to it"
     monkeypatch.setattr(GreyImage, '_show_args', {}, raising=False)
     monkeypatch.setattr(sys.modules[__name__], '_members', lambda tree: ['_show_args'])
-    assert overridden()=={'fastai.torch_core.TensorImageBase._show_args': ['data.py: GreyImage']}
+    assert overridden()=={'fastai.torch_core.TensorImageBase._show_args': ['images.py: GreyImage']}
 
 @pytest.mark.parametrize('name', [o for o in private_parts if not o.startswith('.')])
 def test_private_parts_are_there(name):

@@ -1,16 +1,21 @@
 "The plan on groups that are only numbers, and cuts in networks whose answer is known"
-import copy, math
-import pytest, torch, torch.nn.functional as F
+import copy
+import pytest, torch
 from torch import nn
 from fastai.vision.all import Callback, Learner, SGD
-from adverfine.attacks import *
-from adverfine.channels import *
-from adverfine.channels import _tied_to
-from adverfine.cost import *
-from adverfine.data import *
-from adverfine.models import *
-from adverfine.pruning import *
-from adverfine.threat import *
+from adverfine.threat import pixel_space
+from adverfine.networks.zoo import cnn8
+from adverfine.networks.modes import evaluating
+from adverfine.networks.attention import opened
+from adverfine.networks.cost import macs
+from adverfine.data.pixels import example_images, training_batches
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.gradient import FGSM
+from adverfine.compression.channels import _tied_to, channel_groups, Group, Heads, traceable
+from adverfine.compression.importance import channel_scores, criteria, importance_by, Taylor
+from adverfine.compression.plan import check_level, PruningPlan, whole_channels
+from adverfine.compression.pruning import prune, schedules, StructuredPruning
+import fastai.callback.progress  # noqa: F401 verbs of a Learner
 
 def _groups(*sizes, copies=1):
     return [Group(None, f'l{i}', [f'l{i}', f'l{i}.also'], n, copies) for i,n in enumerate(sizes)]

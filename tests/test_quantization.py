@@ -3,9 +3,10 @@ import warnings, math, operator
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.learner import Learner
-from adverfine.data import *
-from adverfine.models import *
-from adverfine.quantization import *
+from adverfine.networks.zoo import cnn8
+from adverfine.data.sources import digits_dls
+from adverfine.compression.quantizers import best_step, calibrations, check_bits, minmax_step, offered_bits, percentile_step, Quantizer
+from adverfine.compression.quantization import QuantBatchNorm2d, QuantConv2d, quantize, QuantLinear, traced
 
 def _quantizer(bits, step, **kw):
     q = Quantizer(bits, **kw)

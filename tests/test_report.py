@@ -3,12 +3,17 @@ import copy, json
 import pytest, torch
 from torch import nn
 from fastai.vision.all import Learner
-from adverfine.attacks import *
-from adverfine.autoattack import *
-from adverfine.data import *
-from adverfine.evaluation import *
-from adverfine.quantization import *
-from adverfine.threat import *
+from adverfine.threat import pixel_space, ThreatModel
+from adverfine.data.pixels import pixels
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.losses import margin
+from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.attacks.square import Square
+from adverfine.attacks.autoattack import AutoAttack
+from adverfine.compression.quantization import quantize
+from adverfine.evaluation.report import half_width
+from adverfine.evaluation.robustness import evaluate
+import fastai.callback.progress  # noqa: F401 verbs of a Learner
 
 def _toy(scale=1.):
     "Class 0 where the first two pixels outweigh the last two by `4 gap`, else class 1; class 2 never"
@@ -38,7 +43,7 @@ def test_wilson_intervals():
 def test_report(bs, tmp_path):
     report = evaluate(_toy(), toy_x, toy_y, [first, second], bs=bs, vocab=('left', 'right', 'never'), progress=False)
     assert list(report.outcomes)==toy_outcomes and report.labels==tuple(toy_y.tolist()) and report.n==14
-    assert (report.clean, report.robust)==(12/14, 5/14) and report.left=={'PGD-1': 8/14, 'FGSM': 5/14}
+    assert (report.clean, report.robust)==(12/14, 5/14) and report.robust_after=={'PGD-1': 8/14, 'FGSM': 5/14}
     assert report.attacks==(first, second) and report.threat==ThreatModel(.1)
     assert report.clean_ci==half_width(12/14, 14) and report.robust_ci==half_width(5/14, 14)
     assert set(report.took)=={'PGD-1', 'FGSM'} and all(0<o<report.seconds for o in report.took.values())
@@ -63,7 +68,7 @@ def test_report(bs, tmp_path):
         leads.append(margin(_toy()(x_adv[None]), torch.tensor([y])).item())
     assert leads==sorted(leads, reverse=True)
     d = json.loads(report.to_json(tmp_path/'report.json'))
-    assert d==json.loads((tmp_path/'report.json').read_text()) and d['left']==report.left
+    assert d==json.loads((tmp_path/'report.json').read_text()) and d['left']==report.robust_after
     assert d['per_class'][0]=={'class': 'left', 'n': 7, 'clean': 1, 'robust': 3/7}
     assert d['vocab']==['left', 'right', 'never'] and d['threat']==dict(eps=.1, norm='linf', clamp=True)
     assert [o['name'] for o in d['attacks']]==['PGD-1', 'FGSM'] and len(d['findings'])==len(report.findings)
@@ -95,15 +100,15 @@ def test_only_eight_examples():
 
 def test_attacks_of_one_name():
     report = evaluate(_toy(), toy_x, toy_y, [first, first, second, second, second], progress=False)
-    assert list(report.left)==['PGD-1', "PGD-1'", 'FGSM', "FGSM'", "FGSM''"]
-    assert list(report.left.values())==[8/14, 8/14, 5/14, 5/14, 5/14]
+    assert list(report.robust_after)==['PGD-1', "PGD-1'", 'FGSM', "FGSM'", "FGSM''"]
+    assert list(report.robust_after.values())==[8/14, 8/14, 5/14, 5/14, 5/14]
     parts = evaluate(_toy(), toy_x, toy_y, AutoAttack(.1, version='fast'), progress=False)
-    assert list(parts.left)==['AutoAttack-fast: APGD-CE', 'AutoAttack-fast: Square'] and parts.robust==5/14
+    assert list(parts.robust_after)==['AutoAttack-fast: APGD-CE', 'AutoAttack-fast: Square'] and parts.robust==5/14
 
 def test_order_is_by_cost():
     report = evaluate(_toy(), toy_x, toy_y, [Square(.1, queries=40), PGD(.1), FGSM(.1)], progress=False)
     assert [a.name for a in report.attacks]==['FGSM', 'PGD-10', 'Square']
-    assert list(report.left)==['FGSM', 'PGD-10', 'Square']
+    assert list(report.robust_after)==['FGSM', 'PGD-10', 'Square']
     for attacks,why in [([], 'attacks is empty'), ([FGSM(.1), 'PGD'], 'is no adverfine attack'),
             ([FGSM(.1), FGSM(.2)], 'under another threat model'),
             ([FGSM(.1), FGSM(.1, norm='l2')], 'under another threat model')]:
@@ -128,7 +133,7 @@ def test_deployed_network_and_its_twin():
     blind = lambda x: net(x).detach()
     report = evaluate(blind, toy_x, toy_y, [first, second], twin=net, progress=False)
     assert [o.split(' ')[0] if o!='stands' else o for o in report.outcomes]==toy_outcomes
-    assert list(report.left)==['PGD-1', 'FGSM'] and report.curve[.1]==5/14 and not report.bf16
+    assert list(report.robust_after)==['PGD-1', 'FGSM'] and report.curve[.1]==5/14 and not report.bf16
     assert 'agreement' in {o.guard for o in report.findings}
     square = evaluate(blind, toy_x, toy_y, Square(.1, queries=30), progress=False)
     assert square.curve=={} and any('black-box' in o for o in square.reasons)
@@ -142,18 +147,18 @@ class Compiled(nn.Module):
     def forward(self, x): return self._orig_mod(x)
 
 def test_bfloat16_is_for_modules_that_are_neither_quantized_nor_compiled(monkeypatch):
-    import adverfine.evaluation
-    monkeypatch.setattr(adverfine.evaluation, 'bf16_is_fast', lambda: True)
+    import adverfine.evaluation.robustness
+    monkeypatch.setattr(adverfine.evaluation.robustness, 'bf16_is_fast', lambda: True)
     net,twin = _toy(),_toy()
     quantize(twin, 16, [toy_x])
     said = lambda m, **kw: evaluate(m, toy_x, toy_y, FGSM(.1), progress=False, **kw).bf16
     assert said(net) and not said(net, bf16=False) and not said(twin) and not said(lambda x: net(x))
     assert not said(Compiled(net))
-    monkeypatch.setattr(adverfine.evaluation, 'bf16_is_fast', lambda: False)
+    monkeypatch.setattr(adverfine.evaluation.robustness, 'bf16_is_fast', lambda: False)
     assert not said(net) and said(net, bf16=True)
 
 def test_batches_and_passes():
-    from adverfine.evaluation import _Watched, _batches
+    from adverfine.evaluation.robustness import _batches, _Watched
     stands = torch.tensor([True, False, True, True, False, True, True])
     assert [o.tolist() for o in _batches(stands, 2)]==[[0, 2], [3, 5], [6]]
     assert [o.tolist() for o in _batches(stands, 5)]==[[0, 2, 3, 5, 6]]

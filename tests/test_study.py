@@ -1,13 +1,13 @@
 "A study that is killed, interrupted, extended or misused"
 import json, os, signal, subprocess, sys, time, warnings
-from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file
-from adverfine.data import *
-from adverfine.evaluation import *
-from adverfine.models import *
-from adverfine.study import *
-from adverfine.report import *
+from adverfine.networks.zoo import cnn8
+from adverfine.data.pixels import pixels
+from adverfine.data.sources import digits_dls
+from adverfine.study.study import Study
+from adverfine.study.tables import accuracy_table, plot_study
+from adverfine.study.page import in_words, write_report
 
 tiny = dict(levels=(.3,.6), bits=(4,), epochs=3, fine_tune_epochs=1, n_train=300, n_test=60, steps=3, train_steps=1)
 options = '--levels 0.3 0.6 --bits 4 --epochs 3 --fine-tune-epochs 1 --n-train 300 --n-test 60 --steps 3 --train-steps 1'.split()
@@ -91,7 +91,6 @@ def test_any_part_of_the_grid_can_be_drawn(tmp_path, fine_tunings):
 
 claimer = '''
 import sys
-from adverfine.study import Study
 study = Study('digits', out=sys.argv[1], seeds=(0,), eps=float(sys.argv[2]))
 sys.stdin.readline()
 try: study.claim()
@@ -124,7 +123,7 @@ def test_rows_of_several_versions_are_said_to_be(tmp_path):
     assert '1 by unknown' in in_words(study) and '1 by 0.0.1' in write_report(study)['report.html'].read_text()
 
 def test_a_race_with_other_images_is_another(tmp_path):
-    from adverfine.races import _Folder, _that_matter
+    from adverfine.bench.recipes import _Folder, _that_matter
     def folder(**kwargs): return _Folder(tmp_path, data='digits', **_that_matter(kwargs))
     folder(n_train=100, path='here')
     folder(n_train=100, path='there', download=True)

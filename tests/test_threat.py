@@ -4,8 +4,8 @@ from torch import nn, Tensor
 from fastai.data.transforms import Normalize
 from fastai.distributed import DistributedDL
 from fastai.vision.core import TensorImage
-from adverfine.data import *
-from adverfine.threat import *
+from adverfine.threat import check_images, pixel_space, PixelModel, PixelSpace, ThreatModel
+from adverfine.data.sources import digits_dls
 
 def _images(*rows): return torch.tensor(rows, dtype=torch.float64).view(len(rows), 1, 2, 2)
 def _seed(n=0): return torch.Generator().manual_seed(n)

@@ -1,5 +1,5 @@
 "What adversarial training promises and would bore a reader of the notebooks"
-import math, os, warnings
+import math, os
 import pytest, torch, torch.distributed as dist
 from torch import nn, Tensor
 from fastai.callback.core import Callback
@@ -8,14 +8,24 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from adverfine.threat import *
-from adverfine.data import *
-from adverfine.models import *
-from adverfine.attacks import *
-from adverfine.acceleration import *
-from adverfine.objectives import *
-from adverfine.adversarial import *
-from adverfine.recipes import *
+from adverfine.networks.zoo import cnn8, resnet18_cifar
+from adverfine.networks.modes import bare, frozen
+from adverfine.networks.fused import crafting_network
+from adverfine.data.images import BatchDL
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.attack import input_grad
+from adverfine.attacks.gradient import FGSM, FGSMRS, PGD
+from adverfine.attacks.adaptive import Transfer
+from adverfine.attacks.torchattacks import TorchAttack
+from adverfine.evaluation.metric import RobustAccuracy
+from adverfine.training.acceleration import BF16, Compile
+from adverfine.training.objectives import Madry, MART, RSLAD, TRADES
+from adverfine.training.adversarial import AdversarialTraining
+from adverfine.training.free import FreeAdversarialTraining
+from adverfine.training.averaging import WeightAverage
+from adverfine.training.perturbation import AWP
+from adverfine.training.warmup import EpsilonWarmup
+import adverfine.compression.pruning, adverfine.compression.quantization, fastai.callback.progress  # noqa: F401 verbs of a Learner
 from processes import gathered, two_processes
 
 def _fit(learn, epochs=1, lr=1e-3, cbs=None):
@@ -164,7 +174,7 @@ def test_batchnorm_is_estimated_on_adversarial_batches():
     assert bn.momentum==.1
 
 def test_average_begins_afresh_when_shapes_change():
-    from adverfine.pruning import StructuredPruning
+    from adverfine.compression.pruning import StructuredPruning
     learn = _learner()
     _fit(learn, 3, cbs=[WeightAverage(), StructuredPruning(.5), AdversarialTraining(PGD(.1, steps=1))])
     assert learn.model[0].out_channels==16
@@ -262,7 +272,6 @@ def test_lr_find_survives_divergence():
 def test_objectives_compose(objective):
     "With BF16, gradient accumulation, AWP, averaging and warm-up; a pruned and quantized network that follows its parent likewise"
     from fastai.callback.training import GradientAccumulation, GradientClip
-    import adverfine.pruning, adverfine.quantization
     learn = _learner(_bn_net)
     cbs = lambda o: [AdversarialTraining(PGD(.1, steps=2), o), BF16(), GradientAccumulation(128), GradientClip(), AWP(), EpsilonWarmup(.5), WeightAverage()]
     _fit(learn, 2, cbs=cbs(objective))
@@ -339,7 +348,7 @@ def test_crafting_network_in_bfloat16_is_no_worse_than_bfloat16_is():
 
 def test_crafting_network_stands_back():
     "Hooks must be heard, quantizers and parametrizations stay as they are, other precisions too"
-    from adverfine.quantization import quantize
+    from adverfine.compression.quantization import quantize
     x = torch.rand(4, 1, 8, 8)
     hooked = cnn8(size=8)
     hooked[1].register_forward_hook(lambda m, i, o: o*2)
@@ -353,7 +362,7 @@ def test_crafting_network_stands_back():
     assert crafting_network(cnn8(size=8).double(), x.double()) is None
 
 def test_training_does_not_notice_the_crafting_network(monkeypatch):
-    from adverfine import adversarial
+    from adverfine.training import adversarial
     learns = []
     for off in (False, True):
         if off: monkeypatch.setattr(adversarial, 'crafting_network', lambda *args: None)
@@ -362,7 +371,7 @@ def test_training_does_not_notice_the_crafting_network(monkeypatch):
     torch.testing.assert_close(_weights(learns[0]), _weights(learns[1]), rtol=1e-2, atol=1e-3)
 
 def test_pruning_between_epochs_is_seen():
-    from adverfine.pruning import StructuredPruning
+    from adverfine.compression.pruning import StructuredPruning
     learn = _learner()
     _fit(learn, 3, cbs=[StructuredPruning(.5), AdversarialTraining(PGD(.1, steps=2))])
     assert learn.model[0].out_channels==16 and not hasattr(learn.model, 'network')

@@ -7,7 +7,7 @@ from adverfine.attacks.losses import dlr, margin, targeted_dlr
 from adverfine.attacks.scoring import ranked_classes, Standing
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.fab import FAB, to_plane
-from adverfine.attacks.square import _bump, _Draw, Square
+from adverfine.attacks.square import _L2Search, _LinfSearch, _bump, _Draw, Square
 from adverfine.attacks.autoattack import AutoAttack
 
 def _seed(n=0): return torch.Generator().manual_seed(n)
@@ -126,7 +126,7 @@ def test_apgd_is_the_algorithm_of_the_paper(norm, loss, steps):
     for net in Bowl(near), Bowl(far), Plateau(near), Ridge():
         net = Spy(net)
         found = attack(net, x, labels, _seed())
-        first = attack._start(x, _seed())
+        first = attack.direction(x, _seed())
         asked = net.seen[:]
         for i in range(3):
             f = lambda o: each(net(o).float(), labels[i:i+1]).item()
@@ -138,9 +138,9 @@ def test_apgd_is_the_algorithm_of_the_paper(norm, loss, steps):
 
 def test_apgd_starts_on_the_sphere():
     x = torch.full((50, 1, 3, 3), .5)
-    assert APGD(.1)._start(x, _seed()).flatten(1).abs().amax(1).sub(1).abs().max()<1e-6
-    assert APGD(.1)._start(x, _seed()).min()<-.9
-    assert APGD(.1, norm='l2')._start(x, _seed()).flatten(1).norm(dim=1).sub(1).abs().max()<1e-6
+    assert APGD(.1).direction(x, _seed()).flatten(1).abs().amax(1).sub(1).abs().max()<1e-6
+    assert APGD(.1).direction(x, _seed()).min()<-.9
+    assert APGD(.1, norm='l2').direction(x, _seed()).flatten(1).norm(dim=1).sub(1).abs().max()<1e-6
 
 def test_apgd_lets_go_of_what_fell_and_aims_at_each_class():
     net,x = _linear(),torch.rand(40, 1, 2, 2, generator=_seed(1), dtype=torch.float64)
@@ -309,28 +309,28 @@ def test_squares_shrink():
 
 def test_stripes_and_squares():
     x = torch.full((3, 2, 9, 7), .5)
-    attack,draw = Square(.1),_Draw(_seed(), 'cpu')
-    stripes = (attack._stripes(x, draw)-x)/.1
+    draw = _Draw(_seed(), 'cpu')
+    search = _LinfSearch(Square(.1), draw)
+    stripes = (search.first(x)-x)/.1
     assert torch.allclose(stripes.abs(), torch.ones_like(x))
     assert torch.allclose(stripes, stripes[:,:,:1].expand_as(x)) and stripes.std((0, 1, 2)).min()>.5
     places = set()
     for share,side in [(.8, 7), (.4, 5), (.1, 3), (1e-4, 1)]*5:
-        adv = attack._stripes(x, draw)
-        new = attack._square(x, adv, share, draw)
+        new = search.change(x, search.first(x), share)
         assert torch.allclose((new-x).abs(), torch.full_like(x, .1))
         for _ in range(6):
-            new = attack._square(x, x, share, draw)
+            new = search.change(x, x, share)
             rows,cols = (new!=x)[0,0].any(1).nonzero()[:,0],(new!=x)[0,0].any(0).nonzero()[:,0]
             assert len(rows)==len(cols)==min(side, 7) and rows[-1]-rows[0]==cols[-1]-cols[0]==side-1
             assert all(torch.equal(new[i,c][rows][:,cols], new[0,c,rows[0],cols[0]].expand(side, side))
                 for i in range(3) for c in range(2))
             places.add((side, rows[0].item(), cols[0].item()))
     assert {o[1:] for o in places if o[0]==7}=={(0, 0), (1, 0), (2, 0)}
-    high = Square(.1)._square(torch.ones_like(x), torch.ones_like(x), .8, draw)
-    assert high.max()==1
-    assert Square(.1, clamp=False)._square(torch.ones_like(x), torch.ones_like(x), .8,
-        _Draw(_seed(1), 'cpu')).sub(1).abs().max()>.09
-    assert {round(Square(.1)._square(x, x, .8, draw).sub(x).max().item(), 3) for _ in range(20)}=={0., .1}
+    white = torch.ones_like(x)
+    assert search.change(white, white, .8).max()==1
+    free = _LinfSearch(Square(.1, clamp=False), _Draw(_seed(1), 'cpu'))
+    assert free.change(white, white, .8).sub(1).abs().max()>.09
+    assert {round(search.change(x, x, .8).sub(x).max().item(), 3) for _ in range(20)}=={0., .1}
 
 def test_windows_are_everywhere():
     draw = _Draw(_seed(), 'cpu')
@@ -361,27 +361,27 @@ def test_a_bump_is_a_hill_beside_its_negative(side):
 
 def test_bumps_cover_the_image_and_moves_keep_the_length():
     x = torch.full((3, 2, 11, 12), .5)
-    attack,draw = Square(.3, norm='l2'),_Draw(_seed(), 'cpu')
+    search = _L2Search(Square(.3, norm='l2'), _Draw(_seed(), 'cpu'))
     length = lambda o: (o-x).flatten(1).norm(dim=1)
-    start = attack._bumps(x, draw)
+    start = search.first(x)
     torch.testing.assert_close(length(start), torch.full((3,), .3))
     d = start-x                                # tiles of 11//5 = 2, in the middle of what is left over: 5 x 6 of them
     assert (d[:,:,10]==0).all() and (d[:,:,:10]!=0).all()
     tiles = d[:,:,:10].unflatten(2, (5, 2)).unflatten(4, (6, 2)).square().sum((3, 5))
     torch.testing.assert_close(tiles, tiles[:1,:1,:1,:1].expand_as(tiles))
     assert (d[0]!=d[1]).any() and (d[:,0]!=d[:,1]).any()
-    small = attack._bumps(torch.full((1, 1, 3, 3), .5), draw)-.5
+    small = search.first(torch.full((1, 1, 3, 3), .5))-.5
     assert torch.allclose(small.abs(), torch.full_like(small, .1))
     # one row and one column are left over, and 13%2//2 = 0
-    odd = attack._bumps(torch.full((1, 1, 13, 15), .5), draw)-.5
+    odd = search.first(torch.full((1, 1, 13, 15), .5))-.5
     assert (odd[:,:,12]==0).all() and (odd[:,:,:,14]==0).all() and (odd[:,:,:12,:14]!=0).all()
-    wide = attack._bumps(torch.full((1, 1, 17, 19), .5), draw)-.5     # tiles of 3: 17%3//2 = 1, 19%3//2 = 0
+    wide = search.first(torch.full((1, 1, 17, 19), .5))-.5     # tiles of 3: 17%3//2 = 1, 19%3//2 = 0
     assert (wide[:,:,0]==0).all() and (wide[:,:,16]==0).all() and (wide[:,:,1:16,:18]!=0).all()
     assert (wide[:,:,:,18]==0).all()
     for share in (.8, .1, .001):
         adv = start
         for _ in range(10):
-            new = attack._move(x, adv, share, draw)
+            new = search.change(x, adv, share)
             torch.testing.assert_close(length(new), torch.full((3,), .3))
             adv = new
 
@@ -391,11 +391,11 @@ def test_a_move_takes_from_one_window_and_gives_to_another(share, side):
     x = torch.full((2, 2, 11, 12), .5, dtype=torch.float64)
     attack = Square(.3, norm='l2')
     for seed in range(6):
-        adv = x+(attack._bumps(x, _Draw(_seed(9), 'cpu'))-x)*.9                    # a tenth of the length is free
+        adv = x+(_L2Search(attack, _Draw(_seed(9), 'cpu')).first(x)-x)*.9                    # a tenth of the length is free
         draw = _Draw(_seed(seed), 'cpu')
         to,off = ((...,*draw.window(11, 12, side)) for _ in range(2))
         b,signs = _bump(side, draw),draw.signs(2, 2, 1, 1)
-        new = attack._move(x, adv, share, _Draw(_seed(seed), 'cpu'))-x
+        new = _L2Search(attack, _Draw(_seed(seed), 'cpu')).change(x, adv, share)-x
         d = adv-x
         for i in range(2):
             left = .09-d[i].square().sum()

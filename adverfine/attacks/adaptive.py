@@ -11,7 +11,7 @@ __all__ = ['Transfer']
 from dataclasses import dataclass, field, replace
 from torch import nn
 from ..threat import check_takes_pixels
-from .attack import Attack, set_fields
+from .attack import Attack
 
 # %% ../../nbs/attacks/04_adaptive.ipynb #71d7b52e
 @dataclass(frozen=True, init=False)
@@ -27,7 +27,9 @@ class Transfer(Attack):
     def __init__(self,
         attack:Attack, # Crafts; its threat model is taken over
         surrogate, # A differentiable callable from pixels to logits
-    ): set_fields(self, eps=attack.eps, norm=attack.norm, clamp=attack.clamp, attack=attack, surrogate=surrogate)
+    ):
+        super().__init__(attack.eps, norm=attack.norm, clamp=attack.clamp)
+        vars(self).update(attack=attack, surrogate=surrogate)
 
     @property
     def soft(self): return self.attack.soft

@@ -12,10 +12,53 @@ from dataclasses import dataclass
 import torch
 from .attack import Attack, check_counts, cross_entropy, value_and_grad
 from .losses import dlr, margin, targeted_dlr
-from .scoring import in_turn, ranked_classes, Standing
+from .scoring import Standing, in_turn, ranked_classes
+
+# %% ../../nbs/attacks/06_apgd.ipynb #06062cb9
+class _Climb(Standing):
+    "Images of one run, each with the length of its steps and the best point so far"
+    def __init__(self, attack, loss, model, x, y, target, start):
+        super().__init__(model, x, y)
+        self.threat,self.loss,self.target = attack.threat,loss,target
+        self.adv = self.old = self.best = start
+        self.best_loss = self.last = self.checked = self.look(start)
+        self.best_grad = self.grad
+        self.step = torch.full_like(self.last, 2*attack.eps).view(-1, 1, 1, 1)
+        self.rises = torch.zeros_like(self.last)
+        self.halved = torch.ones_like(self.up)
+
+    def look(self, x_adv):
+        "The loss of each image; its gradient is kept, and what is fooled is noted"
+        out,each,self.grad = value_and_grad(self.model, x_adv, self.y, lambda out, y: self.loss(out, y, self.target))
+        self.fell(x_adv, out.argmax(1)!=self.y)
+        return each
+
+    def move(self, momentum):
+        "One step upwards"
+        project,ascent = self.threat.project,self.step*self.threat.steepest(self.grad)
+        new = project(self.adv + ascent, self.x)
+        if momentum: new = project(self.adv + .75*(new-self.adv) + .25*(self.adv-self.old), self.x)
+        self.old,self.adv = self.adv,new
+        loss = self.look(new)
+        self.rises = self.rises + (loss>self.last)
+        self.last = loss
+        better = (loss>self.best_loss).view(-1, 1, 1, 1)
+        self.best = torch.where(better, new, self.best)
+        self.best_grad = torch.where(better, self.grad, self.best_grad)
+        self.best_loss = torch.maximum(loss, self.best_loss)
+
+    def check(self, enough):
+        "Halve the steps of images whose loss rose at most `enough` times, or stood still; they go back to their best"
+        self.halved = (self.rises<=enough) | (~self.halved & (self.best_loss<=self.checked))
+        back = self.halved.view(-1, 1, 1, 1)
+        self.step = torch.where(back, self.step/2, self.step)
+        self.adv = torch.where(back, self.best, self.adv)
+        self.grad = torch.where(back, self.best_grad, self.grad)
+        self.checked,self.rises = self.best_loss,torch.zeros_like(self.rises)
 
 # %% ../../nbs/attacks/06_apgd.ipynb #d491e513
-_losses = dict(ce=cross_entropy, dlr=dlr, margin=margin)
+_losses = dict(ce=lambda out, y, _: cross_entropy(out, y), dlr=lambda out, y, _: dlr(out, y),
+               margin=lambda out, y, _: margin(out, y))
 
 @dataclass(frozen=True)
 class APGD(Attack):
@@ -23,15 +66,18 @@ class APGD(Attack):
     steps:int = 100        # Gradient steps
     loss:str = 'ce'        # 'ce', 'dlr' or 'margin'
     restarts:int = 1       # Runs, each for the images that still stand
-    targets:int = 0        # Classes to aim at in turn, likeliest first, with the targeted DLR loss; 0: away from the right class
+    targets:int = 0        # Classes to aim at in turn, likeliest first, with targeted DLR; 0: away from the right class
     rho:float = .75        # A step is halved if the loss rose in fewer than this share of the steps
 
     def __post_init__(self):
         super().__post_init__()
         check_counts(self, 'steps', 'restarts')
-        if self.loss not in _losses: raise ValueError(f"loss={self.loss!r} is not offered: use one of {', '.join(map(repr, _losses))}")
+        if self.loss not in _losses:
+            raise ValueError(f"loss={self.loss!r} is not offered: use one of {', '.join(map(repr, _losses))}")
         if self.targets: check_counts(self, 'targets')
-        if self.targets and self.loss!='dlr': raise ValueError(f"targets={self.targets} aims with the targeted DLR loss, not with {self.loss!r}: write loss='dlr'")
+        if self.targets and self.loss!='dlr':
+            raise ValueError(f"targets={self.targets} aims with the targeted DLR loss, not with {self.loss!r}: "
+                             "write loss='dlr'")
 
     @property
     def name(self): return 'APGD-T' if self.targets else f'APGD-{self.loss.upper()}'
@@ -39,46 +85,28 @@ class APGD(Attack):
     def passes(self): return (3*(self.steps+1)+2)*self.restarts*max(self.targets, 1)
 
     def craft(self, model, x, y, generator):
-        targets = ranked_classes(model, x, y, self.targets).repeat(1, self.restarts) if self.targets else y[:,None].expand(-1, self.restarts)
-        return in_turn(targets, lambda x,y,t: self._run(model, x, y, t, generator), model, x, y)
+        classes = ranked_classes(model, x, y, self.targets).T if self.targets else y[None]
+        def run_towards(target): return lambda i: self._run(model, x[i], y[i], target[i], generator)
+        return in_turn(map(run_towards, classes.repeat(self.restarts, 1)), model, x, y)
 
     def _run(self, model, x, y, target, generator):
-        s,threat = Standing(model, x, y),self.threat
-        s.target = target
-        def look(x_adv):
-            loss = (lambda out,y: targeted_dlr(out, y, s.target)) if self.targets else _losses[self.loss]
-            out,each,s.grad = value_and_grad(model, x_adv, s.y, loss)
-            s.fell(x_adv, out.argmax(1)!=s.y)
-            return each
-        s.adv = s.old = threat.project(x + self.eps*self._start(x, generator), x)
-        s.best_loss = s.last = s.checked = look(s.adv)
-        s.best,s.best_grad = s.adv,s.grad
-        s.step = torch.full_like(s.last, 2*self.eps).view(-1, 1, 1, 1)
-        s.rises,s.cut = torch.zeros_like(s.last),torch.ones_like(s.up)
-        window = until_check = self._share(.22)
+        start = self.threat.project(x + self.eps*self.direction(x, generator), x)
+        climb = _Climb(self, targeted_dlr if self.targets else _losses[self.loss], model, x, y, target, start)
+        window = until_check = self._share_of_steps(.22)
         for k in range(self.steps):
-            if not s.compact(): break
-            new = threat.project(s.adv + s.step*threat.steepest(s.grad), s.x)
-            if k: new = threat.project(s.adv + .75*(new-s.adv) + .25*(s.adv-s.old), s.x)
-            s.old,s.adv = s.adv,new
-            loss = look(new)
-            s.rises,s.last = s.rises+(loss>s.last),loss
-            better = (loss>s.best_loss).view(-1, 1, 1, 1)
-            s.best,s.best_grad,s.best_loss = torch.where(better, new, s.best),torch.where(better, s.grad, s.best_grad),torch.maximum(loss, s.best_loss)
+            if not climb.compact(): break
+            climb.move(momentum=k>0)
             until_check -= 1
-            if not until_check:
-                s.cut = (s.rises<=self.rho*window) | (~s.cut & (s.best_loss<=s.checked))
-                back = s.cut.view(-1, 1, 1, 1)
-                s.step,s.adv,s.grad = torch.where(back, s.step/2, s.step),torch.where(back, s.best, s.adv),torch.where(back, s.best_grad, s.grad)
-                s.checked,s.rises = s.best_loss,torch.zeros_like(s.rises)
-                window = until_check = max(window-self._share(.03), self._share(.06))
-        return s.finish(s.best)
+            if until_check: continue
+            climb.check(self.rho*window)
+            window = until_check = max(window-self._share_of_steps(.03), self._share_of_steps(.06))
+        return climb.finish(climb.best)
 
-    def _start(self, x, generator):
+    def _share_of_steps(self, p): return max(int(p*self.steps), 1)
+
+    def direction(self, x, generator):
         "A random direction of length 1 in the norm"
         kw = dict(generator=generator, device=x.device)
         if self.norm=='l2': return self.threat.steepest(torch.randn(x.shape, **kw))
         d = torch.rand(x.shape, **kw)*2-1
         return d/d.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
-
-    def _share(self, p): return max(int(p*self.steps), 1)

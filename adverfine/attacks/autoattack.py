@@ -9,37 +9,36 @@ __all__ = ['AutoAttack']
 
 # %% ../../nbs/attacks/09_autoattack.ipynb #db4ba50e
 from dataclasses import dataclass
-import torch
-from .attack import Attack, logits_of
+from .attack import Attack
+from .scoring import in_turn
 from .apgd import APGD
 from .fab import FAB
 from .square import Square
 
 # %% ../../nbs/attacks/09_autoattack.ipynb #437252f3
+_versions = dict(
+    standard=((APGD, dict(steps=100)), (APGD, dict(steps=100, loss='dlr', targets=9)),
+              (FAB, dict(steps=100, targets=9)), (Square, dict(queries=5000))),
+    fast=((APGD, dict(steps=40)), (Square, dict(queries=500))))
+
 @dataclass(frozen=True)
 class AutoAttack(Attack):
-    "APGD-CE, APGD-T, FAB-T and Square, each for the images that still stand; [arXiv 2003.01690](https://arxiv.org/abs/2003.01690)"
-    version:str = 'standard'   # 'standard': 100 steps, 9 targets, 5,000 queries as published; 'fast': APGD-CE with 40 steps, then Square with 500 queries
+    "APGD-CE, APGD-T, FAB-T and Square, each for what still stands; [arXiv 2003.01690](https://arxiv.org/abs/2003.01690)"
+    version:str = 'standard'   # 'standard': as published; 'fast': APGD-CE with 40 steps, then Square with 500 queries
 
     def __post_init__(self):
         super().__post_init__()
-        if self.version not in _versions: raise ValueError(f"version={self.version!r} is not offered: use one of {', '.join(map(repr, _versions))}")
+        if self.version not in _versions:
+            raise ValueError(f"version={self.version!r} is not offered: use one of {', '.join(map(repr, _versions))}")
 
     @property
-    def parts(self): return tuple(part(self.eps, norm=self.norm, clamp=self.clamp, **kw) for part,kw in _versions[self.version])
+    def parts(self):
+        return tuple(part(self.eps, norm=self.norm, clamp=self.clamp, **kw) for part,kw in _versions[self.version])
     @property
     def name(self): return 'AutoAttack' if self.version=='standard' else f'AutoAttack-{self.version}'
     @property
     def passes(self): return sum(o.passes for o in self.parts)
 
     def craft(self, model, x, y, generator):
-        x_adv,stand = x.clone(),torch.arange(len(x), device=x.device)
-        for part in self.parts:
-            x_adv[stand] = part(model, x[stand], y[stand], generator)
-            with torch.no_grad(): stand = stand[logits_of(model, x_adv[stand], y[stand]).argmax(1)==y[stand]]
-            if not len(stand): break
-        return x_adv
-
-_versions = dict(
-    standard=((APGD, dict(steps=100)), (APGD, dict(steps=100, loss='dlr', targets=9)), (FAB, dict(steps=100, targets=9)), (Square, dict(queries=5000))),
-    fast=((APGD, dict(steps=40)), (Square, dict(queries=500))))
+        def run_by(part): return lambda i: part(model, x[i], y[i], generator)
+        return in_turn(map(run_by, self.parts), model, x, y)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..threat import ThreatModel
 from .attack import Attack, check_counts, logits_of, value_and_grad
-from .scoring import in_turn, ranked_classes, Standing
+from .scoring import Standing, in_turn, ranked_classes
 
 # %% ../../nbs/attacks/07_fab.ipynb #f58d03ee
 def to_plane(
@@ -24,12 +24,13 @@ def to_plane(
 ) -> Tensor: # Steps d, shaped as `x`; where the range leaves no way to the plane, as far towards it as can be
     "The smallest step from each point onto its plane"
     n,shape = len(x),x.shape
-    w = (w*torch.where(c<0, -1., 1.).view(-1, 1, 1, 1)).reshape(n, -1)
-    x,sign,c = x.reshape(n, -1),w.sign(),c.abs()
+    x,w = x.reshape(n, -1),(w*torch.where(c<0, -1., 1.).view(-1, 1, 1, 1)).reshape(n, -1)
+    sign,c = w.sign(),c.abs()
     room = torch.where(w>0, 1-x, x) if threat.clamp else torch.full_like(x, torch.inf)
     w = w.abs_()
     speed = w if threat.norm=='l2' else torch.ones_like(c[:,None])
-    t,rate = torch.zeros_like(c),w*speed
+    rate = w*speed
+    t = torch.zeros_like(c)
     for _ in range(20):
         d = torch.minimum(t[:,None]*speed, room)
         short = c-(w*d).sum(1)
@@ -42,7 +43,7 @@ def to_plane(
 # %% ../../nbs/attacks/07_fab.ipynb #e9752a5b
 @dataclass(frozen=True)
 class FAB(Attack):
-    "Targeted fast adaptive boundary attack: looks for ever nearer adversarial images until one lies in the ball; [arXiv 1907.02044](https://arxiv.org/abs/1907.02044)"
+    "Looks for ever nearer adversarial images until one lies in the ball; [arXiv 1907.02044](https://arxiv.org/abs/1907.02044)"
     steps:int = 100         # Gradient steps towards each target
     targets:int = 9         # Classes to aim at in turn, likeliest first
     bias:float = .1         # At most this much of the next point comes from the clean image's side
@@ -57,22 +58,28 @@ class FAB(Attack):
     def name(self): return 'FAB-T'
     @property
     def passes(self): return (4*self.steps+2)*self.targets
-    def craft(self, model, x, y, generator): return in_turn(ranked_classes(model, x, y, self.targets), lambda x,y,t: self._run(model, x, y, t), model, x, y)
+
+    def craft(self, model, x, y, generator):
+        def run_towards(target): return lambda i: self._run(model, x[i], y[i], target[i])
+        return in_turn(map(run_towards, ranked_classes(model, x, y, self.targets).T), model, x, y)
 
     def _run(self, model, x, y, target):
-        s,threat = Standing(model, x, y),self.threat
+        s = Standing(model, x, y)
         s.target,s.adv = target,x
-        ahead = lambda out, y: (out.gather(1, s.target[:,None])-out.gather(1, y[:,None]))[:,0]
+        def lead(out, y): return (out.gather(1, s.target[:,None])-out.gather(1, y[:,None]))[:,0]
         for _ in range(self.steps):
             if not s.compact(): break
-            _,gap,w = value_and_grad(model, s.adv, s.y, ahead)
-            here = to_plane(s.adv, w, -gap, threat)
-            there = to_plane(s.x, w, -gap+(w*(s.adv-s.x)).flatten(1).sum(1), threat)
-            a,b = (threat.distance(d, 0*d).clamp_min(1e-8).view(-1, 1, 1, 1) for d in (here, there))
-            a = (a/(a+b)).clamp_max(self.bias)
-            new = (1-a)*(s.adv+self.overshoot*here) + a*(s.x+self.overshoot*there)
-            s.adv = new.clamp(0, 1) if self.clamp else new
+            s.adv = self._beyond(s, *value_and_grad(model, s.adv, s.y, lead)[1:])
             with torch.no_grad(): wrong = logits_of(model, s.adv, s.y).argmax(1)!=s.y
-            s.fell(s.adv, wrong & (threat.distance(s.adv, s.x)<=self.eps))
+            s.fell(s.adv, wrong & (self.threat.distance(s.adv, s.x)<=self.eps))
             s.adv = torch.where(wrong.view(-1, 1, 1, 1), s.x+self.back*(s.adv-s.x), s.adv)
         return s.finish()
+
+    def _beyond(self, s, lead, w):
+        "A little beyond the boundary, where the lead of the target has the gradient `w`"
+        here = to_plane(s.adv, w, -lead, self.threat)
+        there = to_plane(s.x, w, -lead+(w*(s.adv-s.x)).flatten(1).sum(1), self.threat)
+        a,b = (self.threat.distance(d, 0*d).clamp_min(1e-8).view(-1, 1, 1, 1) for d in (here, there))
+        share = (a/(a+b)).clamp_max(self.bias)
+        new = (1-share)*(s.adv+self.overshoot*here) + share*(s.x+self.overshoot*there)
+        return new.clamp(0, 1) if self.clamp else new

@@ -39,5 +39,12 @@ def targeted_dlr(
     right,wrong = (out.gather(1, o[:,None])[:,0] for o in (y, target))
     return (wrong-right)/(top[:,0]-(top[:,2]+top[:,3])/2+1e-12)
 
-def check_classes(out, n, what, instead):
-    if out.shape[1]<n: raise ValueError(f"{what} needs {n} classes or more, the model has {out.shape[1]}: use {instead}")
+def check_classes(
+    out:Tensor, # Logits (N,classes)
+    n:int, # Classes that are needed
+    what:str, # By what
+    instead:str, # What to write for fewer
+):
+    "Raise a `ValueError` unless `out` has `n` classes or more"
+    classes = out.shape[1]
+    if classes<n: raise ValueError(f"{what} needs {n} classes or more, the model has {classes}: use {instead}")

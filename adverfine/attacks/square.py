@@ -14,7 +14,78 @@ from .attack import Attack, check_counts, logits_of
 from .losses import margin
 from .scoring import Standing
 
+# %% ../../nbs/attacks/08_square.ipynb #eb1afcbf
+class _Draw:
+    "Random signs and windows from one generator"
+    def __init__(self, generator, device): self.kw = dict(generator=generator, device=device)
+    def signs(self, *shape): return torch.randint(2, shape, **self.kw)*2.-1
+    def window(self, h, w, side):
+        room = torch.tensor([h-side+1, w-side+1], device=self.kw['device'])
+        i,j = (torch.rand(2, **self.kw)*room).long().tolist()
+        return slice(i, i+side),slice(j, j+side)
+
+def _hill(h, w):
+    "Rings that grow towards the middle (h,w)"
+    i,j = torch.arange(h)[:,None],torch.arange(w)
+    away = torch.maximum((i-h//2).abs(), (j-w//2).abs())
+    return sum(torch.where(away<=k, 1/(k+1)**2, 0.) for k in range(max(h, w)//2+1))
+
+def _bump(side, draw):
+    "A hill beside its negative, of length 1, lying or standing (side,side)"
+    halves = [_hill(n, side) for n in (side//2, side-side//2) if n]
+    both = torch.cat([o/o.norm()*sign for o,sign in zip(halves, (1, -1))])
+    both = (both/both.norm()).to(draw.kw['device'])
+    return both.T if draw.signs(1)>0 else both
+
 # %% ../../nbs/attacks/08_square.ipynb #88055d51
+class _LinfSearch:
+    "Stripes at first, then squares, each at the edge of the budget"
+    def __init__(self, attack, draw): self.attack,self.draw = attack,draw
+
+    def first(self, x):
+        return self.attack.threat.project(x + self.attack.eps*self.draw.signs(len(x), x.shape[1], 1, x.shape[3]), x)
+
+    def change(self, x, adv, share):
+        "`adv` with one square, a `share` of the image, set anew"
+        c,h,w = x.shape[1:]
+        rows,cols = self.draw.window(h, w, max(round((share*h*w)**.5), 1))
+        new = adv.clone()
+        new[...,rows,cols] = x[...,rows,cols] + self.attack.eps*self.draw.signs(c, 1, 1)
+        return new.clamp_(0, 1) if self.attack.clamp else new
+
+class _L2Search:
+    "Bumps everywhere at first, then what one window sets free goes into another"
+    def __init__(self, attack, draw): self.attack,self.draw = attack,draw
+
+    def first(self, x):
+        h,w = x.shape[2:]
+        side = max(min(h, w)//5, 1)
+        d = torch.zeros_like(x)
+        for i in range(h%side//2, h-side+1, side):
+            for j in range(w%side//2, w-side+1, side):
+                d[...,i:i+side,j:j+side] = _bump(side, self.draw)*self.draw.signs(len(x), x.shape[1], 1, 1)
+        return self._at_the_edge(x, d)
+
+    def change(self, x, adv, share):
+        "`adv`, the change of one window moved into another"
+        c,h,w = x.shape[1:]
+        side = min(max(round((share*h*w)**.5), 3)//2*2+1, h, w)
+        d = adv-x
+        to,off = ((...,*self.draw.window(h, w, side)) for _ in range(2))
+        mask = torch.zeros_like(d[:1])
+        mask[to] = mask[off] = 1
+        def total(t): return t.square().sum((1,2,3), keepdim=True)
+        def length(t): return t.square().sum((2,3), keepdim=True).sqrt().clamp_min(1e-12)
+        free = ((self.attack.eps**2-total(d)).clamp_min(0)/c + total(d*mask)).sqrt()
+        bump = _bump(side, self.draw)*self.draw.signs(len(x), c, 1, 1) + d[to]/length(d[to])
+        d[off] = 0
+        d[to] = bump/length(bump)*free
+        return self._at_the_edge(x, d)
+
+    def _at_the_edge(self, x, d):
+        return self.attack.threat.project(x + self.attack.eps*self.attack.threat.steepest(d), x)
+
+# %% ../../nbs/attacks/08_square.ipynb #06b6a17e
 @dataclass(frozen=True)
 class Square(Attack):
     "Random search with squares, without gradients; [arXiv 1912.00049](https://arxiv.org/abs/1912.00049)"
@@ -29,75 +100,23 @@ class Square(Attack):
     @property
     def passes(self): return self.queries+1
 
+    @torch.no_grad()
     def craft(self, model, x, y, generator):
+        search = (_LinfSearch if self.norm=='linf' else _L2Search)(self, _Draw(generator, x.device))
         s = Standing(model, x, y)
-        draw = _Draw(generator, x.device)
-        first,change = (self._stripes, self._square) if self.norm=='linf' else (self._bumps, self._move)
-        with torch.no_grad():
-            s.adv = first(x, draw)
-            s.best = margin(logits_of(model, s.adv, y), y)
-            s.fell(s.adv, s.best>=0)
-            for k in range(self.queries):
-                if not s.compact(): break
-                new = change(s.x, s.adv, self._share(k), draw)
-                gain = margin(logits_of(model, new, s.y), s.y)
-                better = gain>s.best
-                s.adv,s.best = torch.where(better.view(-1, 1, 1, 1), new, s.adv),torch.maximum(gain, s.best)
-                s.fell(s.adv, better & (gain>=0))
+        s.adv = search.first(x)
+        s.best = margin(logits_of(model, s.adv, y), y)
+        s.fell(s.adv, s.best>=0)
+        for k in range(self.queries):
+            if not s.compact(): break
+            new = search.change(s.x, s.adv, self._share(k))
+            gain = margin(logits_of(model, new, s.y), s.y)
+            better = gain>s.best
+            s.adv = torch.where(better.view(-1, 1, 1, 1), new, s.adv)
+            s.best = torch.maximum(gain, s.best)
+            s.fell(s.adv, better & (gain>=0))
         return s.finish(s.adv)
 
     def _share(self, k):
         "Share of the image that a square covers at query `k`"
         return self.p/2**sum(k>o for o in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
-
-    def _stripes(self, x, draw): return self.threat.project(x + self.eps*draw.signs(len(x), x.shape[1], 1, x.shape[3]), x)
-
-    def _square(self, x, adv, share, draw):
-        c,h,w = x.shape[1:]
-        rows,cols = draw.window(h, w, max(round((share*h*w)**.5), 1))
-        new = adv.clone()
-        at = (...,rows,cols)
-        new[at] = x[at] + self.eps*draw.signs(c, 1, 1)
-        return new.clamp_(0, 1) if self.clamp else new
-
-    def _bumps(self, x, draw):
-        h,w = x.shape[2:]
-        side = max(min(h, w)//5, 1)
-        d = torch.zeros_like(x)
-        for i in range(h%side//2, h-side+1, side):
-            for j in range(w%side//2, w-side+1, side): d[...,i:i+side,j:j+side] = _bump(side, draw)*draw.signs(len(x), x.shape[1], 1, 1)
-        return self.threat.project(x + self.eps*self.threat.steepest(d), x)
-
-    def _move(self, x, adv, share, draw):
-        c,h,w = x.shape[1:]
-        side = min(max(round((share*h*w)**.5), 3)//2*2+1, h, w)
-        d = adv-x
-        to,off = ((...,*draw.window(h, w, side)) for _ in range(2))
-        mask = torch.zeros_like(d[:1])
-        mask[to] = mask[off] = 1
-        total = lambda t: t.square().sum((1,2,3), keepdim=True)
-        free = ((self.eps**2-total(d)).clamp_min(0)/c + total(d*mask)).sqrt()
-        bump = _bump(side, draw)*draw.signs(len(x), c, 1, 1) + d[to]/d[to].square().sum((2,3), keepdim=True).sqrt().clamp_min(1e-12)
-        d[off] = 0
-        d[to] = bump/bump.square().sum((2,3), keepdim=True).sqrt().clamp_min(1e-12)*free
-        return self.threat.project(x + self.eps*self.threat.steepest(d), x)
-
-# %% ../../nbs/attacks/08_square.ipynb #eb1afcbf
-class _Draw:
-    "Random signs and windows from one generator"
-    def __init__(self, generator, device): self.kw = dict(generator=generator, device=device)
-    def signs(self, *shape): return torch.randint(2, shape, **self.kw)*2.-1
-    def window(self, h, w, side):
-        i,j = (torch.rand(2, **self.kw)*torch.tensor([h-side+1, w-side+1], device=self.kw['device'])).long().tolist()
-        return slice(i, i+side),slice(j, j+side)
-
-def _bump(side, draw):
-    "A hill beside its negative, of length 1, lying or standing (side,side)"
-    def hill(h, w):
-        i,j = torch.arange(h)[:,None],torch.arange(w)
-        away = torch.maximum((i-h//2).abs(), (j-w//2).abs())
-        return sum(torch.where(away<=k, 1/(k+1)**2, 0.) for k in range(max(h, w)//2+1))
-    halves = [hill(n, side) for n in (side//2, side-side//2) if n]
-    both = torch.cat([o/o.norm()*sign for o,sign in zip(halves, (1, -1))])
-    both = (both/both.norm()).to(draw.kw['device'])
-    return both.T if draw.signs(1)>0 else both

@@ -13,7 +13,27 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 from fastai.torch_core import no_random
-from .attack import Attack, check_share, logits_of, set_fields
+from .attack import Attack, logits_of
+
+# %% ../../nbs/attacks/05_torchattacks.ipynb #5a08516f
+def _parameters(kind): return inspect.signature(kind).parameters
+
+def _check_arguments(kind, kwargs):
+    "Raise a `ValueError` unless `kind` is a class that takes `kwargs`"
+    if not isinstance(kind, type):
+        raise ValueError(f"{type(kind).__name__} is no class: "
+                         "write TorchAttack(torchattacks.PGD, eps, steps=20), and the model is handed over later")
+    if unknown := set(kwargs)-set(_parameters(kind)):
+        raise ValueError(f"{kind.__name__} does not take {', '.join(sorted(unknown))}: "
+                         f"it takes {', '.join(list(_parameters(kind))[1:])}")
+
+class _Host(nn.Module):
+    "What torchattacks takes for a model: a module with a parameter, to tell its device by"
+    def __init__(self, model, x):
+        super().__init__()
+        self.model = model
+        self.where = nn.Parameter(x.new_zeros(1), requires_grad=False)
+    def forward(self, x): return self.model(x)
 
 # %% ../../nbs/attacks/05_torchattacks.ipynb #376cc4b2
 @dataclass(frozen=True, init=False)
@@ -29,38 +49,32 @@ class TorchAttack(Attack):
         norm:str='linf', # Norm of the ball: it must be the one that this class keeps to
         **kwargs, # What else the class takes; `eps`, `norm`, `n_classes` and `seed` are given to it where it takes them
     ):
-        if not isinstance(kind, type): raise ValueError(f"{type(kind).__name__} is no class: write TorchAttack(torchattacks.PGD, eps, steps=20), and the model is handed over later")
         kwargs = dict(kwargs.pop('kwargs', ())) | kwargs # `dataclasses.replace` hands over the field of that name
-        set_fields(self, eps=eps, norm=norm, clamp=True, kind=kind, kwargs=tuple(kwargs.items()))
-        self.threat
-        if unknown := set(kwargs)-set(self._takes): raise ValueError(f"{kind.__name__} does not take {', '.join(sorted(unknown))}: it takes {', '.join(list(self._takes)[1:])}")
+        _check_arguments(kind, kwargs)
+        super().__init__(eps, norm=norm)
+        vars(self).update(kind=kind, kwargs=tuple(kwargs.items()))
 
     def scaled(self, share):
         "Also `alpha`, as the length of a step is called there, if it was given"
-        check_share(share)
-        return replace(self, eps=share*self.eps, kwargs={k: share*v if k=='alpha' else v for k,v in self.kwargs})
+        return replace(super().scaled(share), kwargs={k: share*v if k=='alpha' else v for k,v in self.kwargs})
 
     @property
     def name(self): return f'torchattacks {self.kind.__name__}'
     @property
-    def passes(self): return 3*(dict(self.kwargs).get('steps') or getattr(self._takes.get('steps'), 'default', 100))
-    @property
-    def _takes(self): return inspect.signature(self.kind).parameters
+    def passes(self):
+        return 3*(dict(self.kwargs).get('steps') or getattr(_parameters(self.kind).get('steps'), 'default', 100))
 
     def craft(self, model, x, y, generator):
+        takes,classes = _parameters(self.kind),logits_of(model, x, y).shape[1]
         seed = torch.randint(2**31, (), generator=generator, device=x.device).item()
-        given = dict(eps=self.eps, norm=dict(linf='Linf', l2='L2')[self.norm], n_classes=logits_of(model, x, y).shape[1], seed=seed)
+        offered = dict(eps=self.eps, norm=dict(linf='Linf', l2='L2')[self.norm], n_classes=classes, seed=seed)
         with no_random(seed), contextlib.redirect_stdout(io.StringIO()):
-            x_adv = self.kind(_Host(model, x), **{k: v for k,v in given.items() if k in self._takes} | dict(self.kwargs))(x, y).detach()
-        if 'eps' not in self._takes:
-            within = self.threat.distance(x_adv, x)<=self.eps+1e-6
-            x_adv = torch.where(within.view(-1, 1, 1, 1), x_adv, x)
+            kwargs = {k: v for k,v in offered.items() if k in takes} | dict(self.kwargs)
+            x_adv = self.kind(_Host(model, x), **kwargs)(x, y).detach()
+        if 'eps' not in takes: x_adv = self._within_budget(x_adv, x)
         self.threat.check(x_adv, x, self.name)
         return x_adv
 
-class _Host(nn.Module):
-    "What torchattacks takes for a model: a module with a parameter, to tell its device by"
-    def __init__(self, model, x):
-        super().__init__()
-        self.model,self.where = model,nn.Parameter(x.new_zeros(1), requires_grad=False)
-    def forward(self, x): return self.model(x)
+    def _within_budget(self, x_adv, x):
+        within = self.threat.distance(x_adv, x)<=self.eps+1e-6
+        return torch.where(within.view(-1, 1, 1, 1), x_adv, x)

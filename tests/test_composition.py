@@ -191,9 +191,10 @@ def test_the_loss_function_comes_back(permanent):
         cbs = [o for o in ([] if permanent else [cb]) + ([trouble] if error else [])]
         if isinstance(error, RuntimeError):
             with pytest.raises(RuntimeError, match='trouble'): _fit(learn, 1, *cbs)
-            if permanent:              # then it steps back when it is next called, and has no effect until then
-                x,y = learn.dls.valid.one_batch()
-                with learn.no_bar(), torch.no_grad(): assert learn.validate()[0]==pytest.approx(loss(learn.model.eval()(x), y).item(), abs=1e-5)
+            assert learn.loss_func.activation==loss.activation   # it steps back when it is next called
+            x,y = learn.dls.valid.one_batch()
+            with torch.no_grad(): wanted = loss(learn.model.eval()(x), y).item()
+            with learn.no_bar(): assert learn.validate()[0]==pytest.approx(wanted, abs=1e-5)
         else: _fit(learn, 1, *cbs)
         assert learn.loss_func is loss, error
 

@@ -147,7 +147,7 @@ def test_robustness_of_the_artifact_crafts_on_the_twin(learn):
     x,y = (o[:64] for o in pixels(learn.dls.test))
     twin = pixel_space(learn.dls).wrap(learn.model.eval())
     artifact = OnnxNetwork(to_onnx(twin, (1, 8, 8)))
-    report = evaluate(artifact, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], twin=twin, progress=False)
+    report = evaluate(artifact, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], fake_quantized=twin, progress=False)
     mine = evaluate(twin, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], progress=False)
     assert abs(report.clean-mine.clean)<=1/64 and abs(report.robust-mine.robust)<=3/64 and set(report.robust_after)==set(mine.robust_after)
 

@@ -154,7 +154,7 @@ def test_transfer_from_the_parent_betrays_a_masked_child(model, right):
     assert 'transfer' in {o.guard for o in report.findings if not o.ok}
 
 def test_a_twin_that_is_another_network(model, right):
-    report = evaluate(lambda x: model(x).detach(), *right, PGD(.1, steps=5), twin=cnn8(size=8))
+    report = evaluate(lambda x: model(x).detach(), *right, PGD(.1, steps=5), fake_quantized=cnn8(size=8))
     assert 'agreement' in {o.guard for o in report.findings if not o.ok}
 
 # ---- the report

@@ -8,7 +8,7 @@ from adverfine.attacks.adaptive import Transfer
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.square import Square
 from adverfine.evaluation.cases import Case, guards
-from adverfine.evaluation.guards import _Rescaled, look
+from adverfine.evaluation.guards import _Rescaled, inspect
 
 class Then(nn.Module):
     def __init__(self, f): super().__init__(); self.f = f
@@ -65,8 +65,8 @@ def test_case():
     assert len(case.some()[0])==128 and len(case.some()[1])==128 and len(case.some(5)[0])==5
     assert len(_case(_linear(), 300, thorough=True).some()[0])==300
     twin = _linear()
-    assert case.climbed is case.model and _case(_blind(), twin=twin).climbed is twin
-    assert not case.blind and _case(_blind()).blind and not _case(_blind(), twin=twin).blind
+    assert case.climbed is case.model and _case(_blind(), fake_quantized=twin).climbed is twin
+    assert not case.blind and _case(_blind()).blind and not _case(_blind(), fake_quantized=twin).blind
     with torch.no_grad(): assert not case.blind
     assert case.white==[PGD(.1)] and _case(_linear(), attacks=(Square(.1),)).white==[]
     assert _case(_linear(), attacks=(Transfer(PGD(.1), twin),)).white==[PGD(.1)]
@@ -81,15 +81,15 @@ def test_accuracy_that_an_attack_costs(thorough):
     case.x[::2,:,:1,:1] = .7                  # every second one falls
     case.stands[:20] = False
     seen.clear()
-    assert case.fall(Blacken(.1))==pytest.approx(.5*.5)
+    assert case.fall(Blacken(1.))==pytest.approx(.5*.5)
     assert sum(o[1] for o in seen)==(580 if thorough else 128) and max(o[1] for o in seen)<=256
     assert all(o[0] is net for o in seen)
     case.stands[:] = False
-    assert case.fall(Blacken(.1))==0
+    assert case.fall(Blacken(1.))==0
     case.stands[:] = True
     other = _linear()
     seen.clear()
-    case.fall(Blacken(.1), other)
+    case.fall(Transfer(Blacken(1.), other))
     assert all(o[0] is other for o in seen)
 
 def test_bfloat16_is_for_crafting_only():
@@ -102,18 +102,18 @@ def test_bfloat16_is_for_crafting_only():
 
 def test_look():
     net = _linear()
-    quiet = {o.guard for o in look(_case(net))}
+    quiet = {o.guard for o in inspect(_case(net))}
     assert {'budget', 'metric', 'determinism', 'scaled_margin'}<=quiet
     assert not {'convergence', 'plateau', 'transfer', 'agreement'}&quiet
-    assert {'convergence', 'plateau'}<={o.guard for o in look(_case(net, thorough=True))}
+    assert {'convergence', 'plateau'}<={o.guard for o in inspect(_case(net, thorough=True))}
     case = _case(net)
     case.x,case.y,case.stands = case.x[:0],case.y[:0],case.stands[:0]
-    assert look(case)==()
+    assert inspect(case)==()
     net.train()
-    [found] = [o for o in look(_case(net, clean=.5, robust_after=(.5,))) if o.guard=='metric']
+    [found] = [o for o in inspect(_case(net, clean=.5, robust_after=(.5,))) if o.guard=='metric']
     assert net.training and found.ok and found.value==0==found.limit and str(found).startswith('ok')
-    [found] = [o for o in look(_case(net, clean=.5, robust_after=(.75,))) if o.guard=='metric']
-    assert not found.ok and found.value==.25 and found.source=='house rule' and str(found).startswith('FLAGGED')
+    [found] = [o for o in inspect(_case(net, clean=.5, robust_after=(.75,))) if o.guard=='metric']
+    assert not found.ok and found.value==.25 and found.source=='definition of robust accuracy' and str(found).startswith('FLAGGED')
 
 def test_budget():
     assert _value('budget', _case(None, far=.1))==0==_value('budget', _case(None, far=.05))
@@ -183,7 +183,7 @@ def test_the_margin_is_taken_on_rescaled_logits():
     _measure('scaled_margin', _case(net, gap=.2))
     assert net.calls==1+21+2
     assert _measure('scaled_margin', _case(_blind())) is None
-    assert _measure('scaled_margin', _case(_linear(), twin=_linear())) is None
+    assert _measure('scaled_margin', _case(_linear(), fake_quantized=_linear())) is None
 
 def test_rescaled_logits_have_unit_size_and_a_constant_scale():
     net,x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)),torch.rand(5, 1, 2, 2, requires_grad=True)
@@ -227,7 +227,7 @@ def test_convergence():
     assert _value('convergence', _case(net, attacks=(FGSM(.1),)))==1
     assert _value('convergence', _case(net, attacks=(FGSM(.1),), gap=.2))==0
     assert _measure('convergence', _case(net, attacks=(Square(.1),))) is None
-    assert _measure('convergence', _case(_blind())) is None and _measure('convergence', _case(net, twin=net)) is None
+    assert _measure('convergence', _case(_blind())) is None and _measure('convergence', _case(net, fake_quantized=net)) is None
 
 def test_plateau():
     net = _linear()
@@ -255,7 +255,7 @@ def test_transfer():
 def test_agreement():
     net = _linear()
     twin = Then(lambda x: torch.where((x[:,0,0,0]>.6)[:,None], -net(x), net(x)))
-    case = _case(net, 600, twin=twin)
+    case = _case(net, 600, fake_quantized=twin)
     case.x[:150,:,:1,:1] = .7
-    assert _value('agreement', case)==.25 and _value('agreement', _case(net, twin=_linear()))==0
+    assert _value('agreement', case)==.25 and _value('agreement', _case(net, fake_quantized=_linear()))==0
     assert _measure('agreement', _case(net)) is None

@@ -7,6 +7,7 @@ from adverfine.threat import pixel_space, ThreatModel
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.losses import margin
+from adverfine.attacks.scoring import attacked
 from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.square import Square
 from adverfine.attacks.autoattack import AutoAttack
@@ -131,14 +132,14 @@ def test_curve():
 def test_deployed_network_and_its_twin():
     net = _toy()
     blind = lambda x: net(x).detach()
-    report = evaluate(blind, toy_x, toy_y, [first, second], twin=net, progress=False)
+    report = evaluate(blind, toy_x, toy_y, [first, second], fake_quantized=net, progress=False)
     assert [o.split(' ')[0] if o!='stands' else o for o in report.outcomes]==toy_outcomes
     assert list(report.robust_after)==['PGD-1', 'FGSM'] and report.curve[.1]==5/14 and not report.bf16
     assert 'agreement' in {o.guard for o in report.findings}
     square = evaluate(blind, toy_x, toy_y, Square(.1, queries=30), progress=False)
     assert square.curve=={} and any('black-box' in o for o in square.reasons)
     backwards = _toy(-1.)                              # what is asked about is the network, not its twin
-    report = evaluate(blind, toy_x, toy_y, second, twin=backwards, progress=False)
+    report = evaluate(blind, toy_x, toy_y, second, fake_quantized=backwards, progress=False)
     assert report.clean==12/14 and report.robust==12/14
 
 class Compiled(nn.Module):
@@ -158,11 +159,12 @@ def test_bfloat16_is_for_modules_that_are_neither_quantized_nor_compiled(monkeyp
     assert not said(net) and said(net, bf16=True)
 
 def test_batches_and_passes():
-    from adverfine.evaluation.robustness import _batches, _Watched
+    from adverfine.evaluation.robustness import _Watched
     stands = torch.tensor([True, False, True, True, False, True, True])
-    assert [o.tolist() for o in _batches(stands, 2)]==[[0, 2], [3, 5], [6]]
-    assert [o.tolist() for o in _batches(stands, 5)]==[[0, 2, 3, 5, 6]]
-    assert [len(o) for o in _batches(stands, 4)]==[3, 2] and len(_batches(~stands & stands, 4))==0
+    def batches(bs, stands=stands):
+        return [o.idxs.tolist() for o in attacked(_toy(), FGSM(.1), toy_x[:7], toy_y[:7], stands, bs=bs)]
+    assert batches(2)==[[0, 2], [3, 5], [6]] and batches(5)==[[0, 2, 3, 5, 6]]
+    assert [len(o) for o in batches(4)]==[3, 2] and batches(4, stands & ~stands)==[]
     ticks = []
     watched = _Watched(_toy(), ticks.append)
     watched(toy_x); watched(toy_x.clone().requires_grad_())

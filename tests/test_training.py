@@ -8,6 +8,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
+from adverfine.networks.precision import in_bf16
 from adverfine.networks.zoo import cnn8, resnet18_cifar
 from adverfine.networks.modes import bare, frozen
 from adverfine.networks.fused import crafting_network
@@ -25,7 +26,8 @@ from adverfine.training.free import FreeAdversarialTraining
 from adverfine.training.averaging import WeightAverage
 from adverfine.training.perturbation import AWP
 from adverfine.training.warmup import EpsilonWarmup
-import adverfine.compression.pruning, adverfine.compression.quantization, fastai.callback.progress  # noqa: F401 verbs of a Learner
+import adverfine.compression.pruning, adverfine.compression.quantization  # noqa: F401 verbs of a Learner
+import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 from processes import gathered, two_processes
 
 def _fit(learn, epochs=1, lr=1e-3, cbs=None):
@@ -92,9 +94,13 @@ def test_a_failed_fit_leaves_nothing(make):
         def after_batch(self):
             if self.training: awp_seen.append(_weights(learn).clone())
     with pytest.raises(RuntimeError, match='trouble'): _fit(learn, cbs=[adversarial, make(), AfterFirst(), Trouble()])
-    assert torch.equal(_weights(learn), awp_seen[0])            # AWP had moved the weights when trouble came
+    assert torch.equal(_weights(learn), awp_seen[0])            # of the batch in which trouble came, nothing is left
     assert adversarial.attack==PGD(.1, steps=2)
-    assert 'forward' not in vars(learn.model) and learn.model._compiled_call_impl is None
+    x = learn.dls.valid.one_batch()[0].as_subclass(Tensor)
+    fresh = cnn8(size=8)
+    fresh.load_state_dict(learn.model.state_dict())
+    assert not in_bf16(learn.model) and torch.equal(learn.model(x), fresh(x))
+    assert 'forward' not in vars(learn.model) and learn.model._compiled_call_impl is None     # gone at that call
     assert all(p.requires_grad for p in learn.model.parameters())
 
 # --- AWP
@@ -186,7 +192,7 @@ def test_warmup_scales_steps_too():
     class Watch(Callback):
         order = 21
         def before_batch(self):
-            if self.training: seen.append(self.learn.adversarial_training.attack)
+            if self.training: seen.append(self.learn.adversarial_training.attack_now)
     _fit(learn, 4, cbs=[AdversarialTraining(PGD(.1, steps=2, step_size=.04)), EpsilonWarmup(.5), Watch()])
     assert seen[0].eps==0 and seen[-1]==PGD(.1, steps=2, step_size=.04)
     assert all(abs(a.step_size-.4*a.eps) < 1e-9 for a in seen if a.eps)
@@ -203,7 +209,7 @@ def test_warmup_of_attacks_with_arguments_of_their_own(make):
     class Watch(Callback):
         order = 21
         def before_batch(self):
-            if self.training: seen.append(self.learn.adversarial_training.attack)
+            if self.training: seen.append(self.learn.adversarial_training.attack_now)
     _fit(learn, 4, cbs=[AdversarialTraining(attack), EpsilonWarmup(.5), Watch()])
     budgets = [a.eps for a in seen]
     n = len(budgets)
@@ -290,12 +296,18 @@ def test_metrics_see_the_attacked_half_only():
     assert {training for training,_,_ in sizes}=={True, False} and all(a==b for _,a,b in sizes)
 
 def test_bf16_copy_does_not_borrow_the_original():
-    "A frozen copy made while BF16 is attached computes with its own weights"
-    learn = _learner(cbs=BF16())
-    twin,x = learn.frozen_copy(),learn.dls.valid.one_batch()[0].as_subclass(Tensor)
-    before = twin(x)
+    "A frozen copy made while BF16 is at work computes with its own weights, and in float32 when BF16 has gone"
+    learn = _learner()
+    class Copy(Callback):
+        order = 30
+        def before_batch(self):
+            assert in_bf16(self.model)
+            self.learn.copied = self.learn.frozen_copy()
+    _fit(learn, cbs=[BF16(), Copy()])
+    copied,x = learn.copied,learn.dls.valid.one_batch()[0].as_subclass(Tensor)
+    before = copied(x)
     for p in learn.model.parameters(): p.data.zero_()
-    assert torch.equal(twin(x), before)
+    assert torch.equal(copied(x), before) and not in_bf16(copied) and 'forward' not in vars(copied)
 
 @pytest.mark.parametrize('bad,why', [
     (lambda: WeightAverage(1.), 'decay=1.0 must lie'), (lambda: WeightAverage(start=2), 'start=2 must lie'),
@@ -380,18 +392,19 @@ def test_pruning_between_epochs_is_seen():
 
 def test_bf16_twice_and_over_a_forward_of_its_own():
     "On the Learner and on a fit; over a `forward` that was given to the instance, which is used and put back"
-    learn = _learner(cbs=BF16())
-    _fit(learn, cbs=BF16())
-    assert learn.model(learn.dls.valid.one_batch()[0].as_subclass(Tensor)).dtype==torch.float32 and 'forward' in vars(learn.model)
-    learn.remove_cb(BF16)
-    assert 'forward' not in vars(learn.model)
+    class Watch(Callback):
+        order = 30
+        def after_pred(self): self.learn.seen = in_bf16(self.model),self.pred.dtype,bool(self.pred.any())
+    learn = _learner(cbs=[BF16(), Watch()])
+    for cbs in [], [BF16()]:
+        _fit(learn, cbs=cbs)
+        assert learn.seen==(True, torch.float32, True) and 'forward' not in vars(learn.model)
 
-    net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)
+    net = cnn8(size=8)
     net.forward = zeros = lambda x: nn.Sequential.forward(net, x)*0
-    learn = Learner(learn.dls, net, cbs=BF16())
-    with torch.no_grad(): assert not net(x).any()
-    learn.remove_cb(BF16)
-    assert net.forward is zeros
+    learn = Learner(learn.dls, net, cbs=[BF16(), Watch()])
+    _fit(learn)
+    assert learn.seen==(True, torch.float32, False) and net.forward is zeros
 
 def test_crafting_network_knows_a_forward_of_its_own():
     net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)

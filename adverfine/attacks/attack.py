@@ -80,7 +80,8 @@ def check_counts(
     "Raise a `ValueError` unless each of these fields is a whole number, 1 or more"
     for k in names:
         value = getattr(attack, k)
-        if not isinstance(value, Integral) or value<1: raise ValueError(f"{k}={value} must be a whole number, 1 or more")
+        if not isinstance(value, Integral) or value<1:
+            raise ValueError(f"{k}={value} must be a whole number, 1 or more")
 
 # %% ../../nbs/attacks/00_attack.ipynb #dd5caf78
 @patch

@@ -47,6 +47,7 @@ def attacked(
     for i in idxs.chunk(-(-len(idxs)//bs)) if len(idxs) else ():
         xb,yb = (o[i.to(o.device)].to(device or o.device) for o in (x, y))
         with crafting(): x_adv = attack(model, xb, yb, generator)
+        attack.threat.check(x_adv, xb, attack.name)
         with evaluating(model): logits = logits_of(model, x_adv, yb)
         yield AttackedBatch(i, xb, x_adv, yb, logits)
 

@@ -11,9 +11,9 @@ __all__ = ['RobustAccuracy']
 import torch
 from torch import Tensor
 from fastai.learner import Metric
-from ..networks.modes import evaluating
 from ..data.pixels import batch_space
 from ..attacks.attack import Attack
+from ..attacks.scoring import score
 
 # %% ../../nbs/evaluation/04_metric.ipynb #a93a61b7
 class RobustAccuracy(Metric):
@@ -22,22 +22,25 @@ class RobustAccuracy(Metric):
         attack:Attack, # Crafts the adversarial images
         n:int|None=None, # Attack only so many images, drawn at random; default: all
         seed:int=0, # Of the draw and of the attack's random starts, the same for every validation
-        name:str|None=None, # Of the column, and for callbacks that watch it; default: from the attack, such as 'robust PGD-10 eps=0.1'
+        name:str|None=None, # Of the column, and for callbacks that watch it; default: such as 'robust PGD-10 eps=0.1'
     ):
-        if n is not None and n<1: raise ValueError(f"n={n} must be 1 or more: it is the number of images to attack; leave it out for all")
+        if n is not None and n<1:
+            raise ValueError(f"n={n} must be 1 or more: it is the number of images to attack; leave it out for all")
         self.attack,self.n,self.seed,self._name = attack,n,seed,name
 
-    def reset(self): self.right,self.count,self.seen,self.generator = 0,0,0,None
+    def reset(self):
+        self.right,self.count,self.seen = 0,0,0
+        self.generator = None
 
     def accumulate(self, learn):
-        space,y = batch_space(learn),learn.yb[0].as_subclass(Tensor)
+        y = learn.yb[0].as_subclass(Tensor)
         if self.generator is None: self._begin(learn, y.device)
         drawn = torch.ones_like(y, dtype=torch.bool) if self.n is None else self.drawn[self.seen:self.seen+len(y)]
         right = drawn & (learn.pred.as_subclass(Tensor).argmax(1)==y)
         if right.any():
-            model,x,i = space.wrap(learn.model),space.to_pixels(learn.xb[0]),right.nonzero()[:,0]
-            x_adv = self.attack(model, x[i], y[i], self.generator)
-            with evaluating(model), torch.no_grad(): right[i] = model(x_adv).argmax(1)==y[i]
+            space = batch_space(learn)
+            x = space.to_pixels(learn.xb[0])
+            right = score(space.wrap(learn.model), self.attack, x, y, self.generator, right, bs=len(y)).robust
         self.seen += len(y)
         self.right += learn.to_detach(right.float()).sum().item()
         self.count += learn.to_detach(drawn.float()).sum().item()
@@ -46,9 +49,12 @@ class RobustAccuracy(Metric):
         self.generator = torch.Generator(device).manual_seed(self.seed)
         if self.n is None: return
         total = len(learn.dl.dataset)
-        if self.n>total: raise ValueError(f"n={self.n}, but there are {total} images to validate on: ask for at most that many, or leave n out for all")
+        if self.n>total:
+            raise ValueError(f"n={self.n}, but there are {total} images to validate on: "
+                             "ask for at most that many, or leave n out for all")
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:self.n]
         self.drawn = torch.zeros(total, dtype=torch.bool, device=device)
-        self.drawn[torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:self.n]] = True
+        self.drawn[chosen] = True
 
     @property
     def value(self): return self.right/self.count if self.count else None

@@ -10,6 +10,7 @@ __all__ = ['evaluate']
 # %% ../../nbs/evaluation/03_robustness.ipynb #c4e6faae
 import time
 from contextlib import nullcontext
+from functools import partial
 import torch
 from tqdm.auto import tqdm
 from torch import nn, Tensor
@@ -20,15 +21,107 @@ from ..threat import check_images, check_takes_pixels, pixel_space
 from ..networks.modes import evaluating
 from ..networks.precision import bf16_inside, bf16_is_fast, logit_layer
 from ..data.pixels import pixels
-from ..attacks.attack import Attack, logits_of
+from ..attacks.attack import Attack
 from ..attacks.losses import margin
+from ..attacks.scoring import attacked, right_clean, score
 from ..attacks.gradient import PGD
 from ..attacks.adaptive import Transfer
 from ..attacks.square import Square
 from ..compression.quantizers import Quantizer
 from .cases import Case
-from .guards import look
-from .report import half_width, RobustnessReport
+from .guards import inspect
+from .report import RobustnessReport, half_width
+
+# %% ../../nbs/evaluation/03_robustness.ipynb #2ea9f6b7
+def _in_order(attacks):
+    "One attack or several as a tuple, cheapest first"
+    attacks = tuple(L(attacks))
+    if not attacks: raise ValueError("attacks is empty: name at least one, for example PGD(eps=8/255)")
+    for a in attacks:
+        if not isinstance(a, Attack):
+            raise ValueError(f"{a!r} is no adverfine attack: one of torchattacks' goes through "
+                             f"TorchAttack(torchattacks.{type(a).__name__}, eps)")
+    threat = attacks[0].threat
+    for a in attacks:
+        if a.threat!=threat:
+            raise ValueError(f"{a} is under another threat model ({a.threat}) than the first attack ({threat}): "
+                             "evaluate them apart")
+    return tuple(sorted(attacks, key=lambda a: a.passes))
+
+def _plain(x, y, networks):
+    "Images and labels as plain tensors, once it is clear that they are what `networks` want"
+    for o in networks: check_takes_pixels(o, x)
+    x,y = (o.detach().as_subclass(Tensor) for o in (x, y))
+    check_images(x)
+    if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
+    return x,y
+
+def _bf16_pays(model):
+    "Is the hardware fast at bfloat16, and `model` a module that is neither quantized nor compiled?"
+    if not (isinstance(model, nn.Module) and bf16_is_fast()): return False
+    return not any(isinstance(m, Quantizer) or hasattr(m, '_orig_mod') for m in model.modules())
+
+# %% ../../nbs/evaluation/03_robustness.ipynb #030b22a6
+class _Watched(nn.Module):
+    "A network that tells of the images it is asked about, those with a gradient three times"
+    def __init__(self, model, tick):
+        super().__init__()
+        self.model,self.tick,self.training = model,tick,False
+    def forward(self, x):
+        self.tick(len(x)*(3 if x.requires_grad else 1))
+        return self.model(x)
+
+class _Trial:
+    "Images and what became of each"
+    def __init__(self, model, x, y, bs, seed, bf16, bar):
+        self.x,self.y,self.bs,self.bar = x,y,bs,bar
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.device = x.device if parameter is None else parameter.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.watched = _Watched(model, bar.update)
+        self.clean = right_clean(self.watched, x, y, bs, self.device).cpu()
+        self.stands = self.clean.clone()
+        self.outcomes = ['stands' if o else 'wrong' for o in self.clean]
+        self.robust_after,self.took = {},{}
+        self.examples,self.far = [],0.
+        self.crafting = partial(bf16_inside, model, logit_layer(model, x[:1].to(self.device))) if bf16 else nullcontext
+
+    def run(self, name, attack):
+        "Attack what still stands"
+        while name in self.robust_after: name += "'"
+        since = time.perf_counter()
+        for batch in attacked(self.watched, attack, self.x, self.y, self.stands, self.generator, self.bs,
+                              self.device, self.crafting):
+            self.far = max(self.far, attack.threat.distance(batch.x_adv, batch.x).max().item())
+            self.stands[batch.idxs] = ~batch.fooled.cpu()
+            self._note(batch, name)
+            self.bar.set_postfix_str(f'{name}: {self.stands.sum()} of {len(self.x)} images standing', refresh=False)
+        self.robust_after[name] = self.stands.sum().item()/len(self.x)
+        self.took[name] = time.perf_counter()-since
+
+    def _note(self, batch, name):
+        "Who fell to the attack `name`, and the eight images in which the wrong class leads by most"
+        lead,predicted = margin(batch.logits, batch.y),batch.logits.argmax(1)
+        for j in batch.fooled.nonzero()[:,0].tolist():
+            self.outcomes[batch.idxs[j]] = name
+            pair = batch.x[j].cpu(),batch.x_adv[j].cpu()
+            self.examples.append((lead[j].item(), *pair, batch.y[j].item(), predicted[j].item(), name))
+        self.examples = sorted(self.examples, key=lambda o: -o[0])[:8]
+
+# %% ../../nbs/evaluation/03_robustness.ipynb #7498672f
+def _curve(case, clean, n=128):
+    "Accuracy against eps under PGD-10, on the first `n` images"
+    total,k = min(n, len(clean)),clean[:n].sum().item()
+    x,y = case.x[:k],case.y[:k]
+    stands = torch.ones_like(y, dtype=torch.bool)
+    curve = {0.: k/total}
+    for eps in (case.threat.eps*o for o in (.5, 1, 1.5, 2, 3)):
+        if not 0<eps<=1: continue
+        attack = PGD(eps, norm=case.threat.norm, clamp=case.threat.clamp)
+        if case.fake_quantized is not None: attack = Transfer(attack, case.fake_quantized)
+        stands = score(case.model, attack, x, y, case.generator(), stands).robust
+        curve[eps] = stands.sum().item()/total
+    return curve
 
 # %% ../../nbs/evaluation/03_robustness.ipynb #fce59a60
 @torch.no_grad()
@@ -39,93 +132,52 @@ def evaluate(
     attacks, # One `Attack` or several, all under one threat model
     bs:int=256, # Images at a time
     seed:int=0, # Of the attacks' random starts
-    bf16:bool=None, # Craft in bfloat16? Default: where the hardware is fast at it, for modules that are neither quantized nor compiled
+    bf16:bool=None, # Craft in bfloat16? Default: where it is fast, unless `model` is quantized, compiled or a function
     thorough:bool=False, # Run all guards, on all images?
     parent=None, # The network before compression, for a guard
-    twin=None, # Where `model` is deployed and has no gradients: its differentiable twin, on which attacks that need gradients craft
+    fake_quantized=None, # The differentiable network behind a deployed `model`: what needs gradients crafts on it
     vocab=None, # Names of the classes
     progress:bool=True, # Show a progress bar if it takes more than three seconds?
 ) -> RobustnessReport:
     "Clean and robust accuracy of `model`: right clean and under every attack"
     start,attacks = time.perf_counter(),_in_order(attacks)
-    threat = attacks[0].threat
-    for o in (model, parent, twin, *(getattr(a, 'surrogate', None) for a in attacks)): check_takes_pixels(o, x)
-    x,y = (o.detach().as_subclass(Tensor) for o in (x, y))
-    check_images(x)
-    if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
-    module = isinstance(model, nn.Module)
-    device = next((p.device for p in model.parameters()), x.device) if module else x.device
-    if bf16 is None: bf16 = module and bf16_is_fast() and not any(isinstance(m, Quantizer) or hasattr(m, '_orig_mod') for m in model.modules())
-    generator = torch.Generator(device).manual_seed(seed)
-    n,robust_after,took,examples,far = len(x),{},{},[],0.
-    batch = lambda i: (x[i].to(device), y[i].to(device))
-    with tqdm(total=n, leave=False, delay=3, disable=not progress, bar_format='{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}') as bar, evaluating(model):
-        watched = _Watched(model, bar.update)
-        right = torch.cat([(logits_of(watched, *batch(i)).argmax(1)==y[i].to(device)).cpu() for i in torch.arange(n).split(bs)])
-        last = logit_layer(model, batch([0])[0]) if bf16 else None
-        stands,outcomes = right.clone(),['stands' if o else 'wrong' for o in right]
-        todo = [(f'{a.name}: {p.name}' if len(a.parts)>1 else a.name, Transfer(p, twin) if twin is not None and p.white_box else p) for a in attacks for p in a.parts]
-        for k,(name,attack) in enumerate(todo):
-            name,since = _unused(name, robust_after),time.perf_counter()
-            bar.total = bar.n + stands.sum().item()*sum(p.passes for _,p in todo[k:])
-            for i in _batches(stands, bs):
-                bar.set_postfix_str(f'{name}: {stands.sum()} of {n} images standing', refresh=False)
-                xb,yb = batch(i)
-                with bf16_inside(model, last) if bf16 else nullcontext(): x_adv = attack(watched, xb, yb, generator)
-                threat.check(x_adv, xb, attack.name)
-                far = max(far, threat.distance(x_adv, xb).max().item())
-                out = logits_of(watched, x_adv, yb)
-                fell,lead = (out.argmax(1)!=yb).cpu(),margin(out, yb)
-                stands[i] = ~fell
-                for j in fell.nonzero()[:,0].tolist(): outcomes[i[j]] = name
-                examples += [(lead[j].item(), xb[j].cpu(), x_adv[j].cpu(), yb[j].item(), out[j].argmax().item(), name) for j in fell.nonzero()[:,0].tolist()]
-                examples = sorted(examples, key=lambda o: -o[0])[:8]
-            robust_after[name],took[name] = stands.sum().item()/n,time.perf_counter()-since
+    x,y = _plain(x, y, [model, parent, fake_quantized, *(getattr(a, 'surrogate', None) for a in attacks)])
+    if bf16 is None: bf16 = _bf16_pays(model)
+    parts = [(f'{a.name}: {p.name}' if len(a.parts)>1 else a.name, _craftable(p, fake_quantized))
+             for a in attacks for p in a.parts]
+    with _progress_bar(len(x), progress) as bar, evaluating(model):
+        trial = _Trial(model, x, y, bs, seed, bf16, bar)
+        for k,(name,part) in enumerate(parts):
+            bar.total = bar.n + trial.stands.sum().item()*sum(p.passes for _,p in parts[k:])
+            trial.run(name, part)
         bar.set_postfix_str('guards', refresh=False)
-        clean,robust = right.sum().item()/n,stands.sum().item()/n
-        case = Case(model, *batch(right), stands[right].to(device), tuple(p for _,p in todo), tuple(robust_after.values()), clean, far, parent, twin, thorough, bf16, seed)
-        findings = look(case)
-        curve = _curve(case, right) if right.any() and not case.blind else {}
-    return RobustnessReport(clean, robust, half_width(clean, n), half_width(robust, n), n, threat, attacks, robust_after, took, time.perf_counter()-start, findings, bf16,
-                            tuple(y.tolist()), tuple(outcomes), curve, tuple(o[1:] for o in examples), None if vocab is None else tuple(vocab))
+        case = _case(trial, model, [p for _,p in parts], parent, fake_quantized, thorough, bf16, seed)
+        findings = inspect(case)
+        curve = _curve(case, trial.clean) if trial.clean.any() and not case.blind else {}
+    return _report(trial, case, attacks, findings, curve, vocab, time.perf_counter()-start)
 
-# %% ../../nbs/evaluation/03_robustness.ipynb #2ea9f6b7
-def _in_order(attacks):
-    attacks = tuple(L(attacks))
-    if not attacks: raise ValueError("attacks is empty: name at least one, for example PGD(eps=8/255)")
-    if odd := [a for a in attacks if not isinstance(a, Attack)]:
-        raise ValueError(f"{odd[0]!r} is no adverfine attack: one of torchattacks' goes through TorchAttack(torchattacks.{type(odd[0]).__name__}, eps)")
-    threat = attacks[0].threat
-    if odd := [a for a in attacks if a.threat!=threat]: raise ValueError(f"{odd[0]} is under another threat model ({odd[0].threat}) than the first attack ({threat}): evaluate them apart")
-    return tuple(sorted(attacks, key=lambda a: a.passes))
+def _craftable(attack, fake_quantized):
+    "The attack, run on the fake-quantized network if there is one and the attack needs gradients"
+    return attack if fake_quantized is None or not attack.white_box else Transfer(attack, fake_quantized)
 
-def _unused(name, taken): return name if name not in taken else _unused(name+"'", taken)
+def _progress_bar(n, progress):
+    shape = '{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}'
+    return tqdm(total=n, leave=False, delay=3, disable=not progress, bar_format=shape)
 
-def _batches(stands, bs):
-    "Indices of the images that stand, in batches of about equal size"
-    i = stands.nonzero()[:,0]
-    return i.chunk(-(-len(i)//bs)) if len(i) else ()
+# %% ../../nbs/evaluation/03_robustness.ipynb #d067625b
+def _case(trial, model, parts, parent, fake_quantized, thorough, bf16, seed):
+    "The trial as the guards see it"
+    x,y,stands = (o[trial.clean].to(trial.device) for o in (trial.x, trial.y, trial.stands))
+    clean = trial.clean.sum().item()/len(trial.x)
+    return Case(model, x, y, stands, tuple(parts), tuple(trial.robust_after.values()), clean, trial.far, parent,
+                fake_quantized, thorough, bf16, seed)
 
-class _Watched(nn.Module):
-    "A network that tells of the images it is asked about, those with a gradient three times"
-    def __init__(self, model, tick):
-        super().__init__()
-        self.model,self.tick,self.training = model,tick,False
-    def forward(self, x):
-        self.tick(len(x)*(3 if x.requires_grad else 1))
-        return self.model(x)
-
-def _curve(case, right, n=128):
-    "Accuracy against eps on the first `n` images: PGD-10 at ever larger eps, for those that still stand"
-    total,k = min(n, len(right)),right[:n].sum().item()
-    x,y,curve = case.x[:k],case.y[:k],{0.: k/total}
-    for eps in (case.threat.eps*o for o in (.5, 1, 1.5, 2, 3)):
-        if 0<eps<=1:
-            if len(x):
-                stands = case.model(PGD(eps, norm=case.threat.norm, clamp=case.threat.clamp)(case.climbed, x, y, case.generator())).argmax(1)==y
-                x,y = x[stands],y[stands]
-            curve[eps] = len(x)/total
-    return curve
+def _report(trial, case, attacks, findings, curve, vocab, seconds):
+    n,robust = len(trial.x),trial.stands.sum().item()/len(trial.x)
+    return RobustnessReport(
+        case.clean, robust, half_width(case.clean, n), half_width(robust, n), n, case.threat, attacks,
+        trial.robust_after, trial.took, seconds, findings, case.bf16, tuple(trial.y.tolist()), tuple(trial.outcomes),
+        curve=curve, examples=tuple(o[1:] for o in trial.examples), vocab=None if vocab is None else tuple(vocab))
 
 # %% ../../nbs/evaluation/03_robustness.ipynb #d660054e
 @patch
@@ -136,15 +188,19 @@ def robustness(self:Learner,
     seed:int=0, # Of that draw and of the attacks' random starts
     parent=None, # The network before compression, for batches as this Learner's, for a guard
     deployed=None, # What was shipped instead of this Learner's network, such as an `OnnxNetwork`: from pixels to logits
-    **kwargs, # `thorough`, `bs`, `bf16`, `twin` and `progress` of `evaluate`
+    **kwargs, # `thorough`, `bs`, `bf16`, `fake_quantized` and `progress` of `evaluate`
 ) -> RobustnessReport:
-    "Clean and robust accuracy of this Learner's network: right clean and under every attack; or that of `deployed`, attacked through this network and by `Square`"
+    "Accuracy of this Learner's network, clean and attacked; or of `deployed`, attacked through it and by `Square`"
+    attacks = _in_order(attacks)
     if dl is None: dl = self.dls[min(2, len(self.dls.loaders)-1)]
-    attacks,(x,y),space = _in_order(attacks),(o.as_subclass(Tensor) for o in pixels(dl)),pixel_space(dl)
+    x,y = (o.as_subclass(Tensor) for o in pixels(dl))
     if n is not None and not 1<=n<=len(x): raise ValueError(f"n={n}: there are {len(x)} images")
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    space = pixel_space(dl)
     model = space.wrap(self.model)
     if deployed is not None:
-        if not any(isinstance(p, Square) for a in attacks for p in a.parts): attacks = _in_order([*attacks, Square(attacks[0].eps, norm=attacks[0].norm)])
-        model,kwargs = deployed,dict(twin=model, **kwargs)
-    return evaluate(model, x[some], y[some], attacks, seed=seed, parent=parent and space.wrap(parent), vocab=getattr(self.dls, 'vocab', None), **kwargs)
+        if not any(isinstance(p, Square) for a in attacks for p in a.parts):
+            attacks = _in_order([*attacks, Square(attacks[0].eps, norm=attacks[0].norm)])
+        kwargs = dict(fake_quantized=model) | kwargs
+    return evaluate(model if deployed is None else deployed, x[some], y[some], attacks, seed=seed,
+                    parent=parent and space.wrap(parent), vocab=getattr(self.dls, 'vocab', None), **kwargs)

@@ -88,7 +88,7 @@ class CraftingNetwork(nn.Module):
 def _own_forward(network):
     "The forward that `network`'s class gave it, out of the reach of `BF16`; None if it was given another"
     own = network.forward
-    while isinstance(own, InBF16): own = own.forward
+    while isinstance(own, InBF16): own = own.instead
     return own if getattr(own, '__func__', None) is type(network).forward else None
 
 def _can_fuse(model, x):

@@ -11,71 +11,86 @@ __all__ = ['WeightAverage']
 from collections import deque
 import torch
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 from ..networks.modes import bare, evaluating
 from ..networks.layers import batch_norms
 
 # %% ../../nbs/training/05_averaging.ipynb #353a4f88
 class WeightAverage(Callback):
-    "Validate and finish with an average of the weights, BatchNorm statistics re-estimated on adversarial batches; [arXiv 2010.03593](https://arxiv.org/abs/2010.03593)"
+    """Validate and finish with an average of the weights, BatchNorm statistics re-estimated on adversarial batches;
+    [arXiv 2010.03593](https://arxiv.org/abs/2010.03593)"""
     order,remove_on_fetch = 55,True
     def __init__(self,
         decay:float|None=.99, # Of the exponential moving average, per step; `None`: the plain mean of all steps
         start:float=0., # Share of the training after which averaging begins, 0 to 1
         batches:int=16, # How many of the last training batches BatchNorm's statistics come from
     ):
-        if decay is not None and not 0<=decay<1: raise ValueError(f"decay={decay} must lie between 0 and 1: .99 remembers a hundred steps; None takes the mean of all")
+        if decay is not None and not 0<=decay<1:
+            raise ValueError(f"decay={decay} must lie between 0 and 1: .99 remembers a hundred steps; "
+                             "None takes the mean of all")
         if not 0<=start<1: raise ValueError(f"start={start} must lie between 0 and 1: it is a share of the training")
         self.decay,self.start,self.batches = decay,start,batches
 
-    def before_fit(self): self.mean,self.own,self.steps,self.recent = None,None,0,deque(maxlen=self.batches)
+    def before_fit(self):
+        self.mean = self.own = None
+        self.averaged = 0     # steps in the mean
+        self.recent = deque(maxlen=self.batches)
 
     def before_train(self): self._give_back()
 
     def after_pred(self):
-        if self.training and self._norms(): self.recent.append(tuple(o.detach() for o in self.xb))
+        if self.training and _running_norms(self.model): self.recent.append(tuple(o.detach() for o in self.xb))
 
     def after_step(self):
         if self.learn.pct_train<self.start: return
-        now = [p.detach() for p in bare(self.model).parameters()]
-        if self.mean is None or not _alike(self.mean, now): self.mean,self.steps = [p.clone() for p in now],1
-        else:
-            self.steps += 1
-            keep = 1-1/self.steps if self.decay is None else min(self.decay, 1-9/(self.steps+9))
-            for m,p in zip(self.mean, now): m.lerp_(p, 1-keep)
+        now = _parameters(self.model)
+        if not _same_shapes(self.mean, now):
+            self.mean,self.averaged = [p.detach().clone() for p in now],1
+            return
+        self.averaged += 1
+        keep = 1-1/self.averaged if self.decay is None else min(self.decay, 1-9/(self.averaged+9))
+        for m,p in zip(self.mean, now): m.lerp_(p.detach(), 1-keep)
 
     def after_train(self): self._lend()
     def after_cancel_fit(self): self._lend()
-
-    def _lend(self):
-        if self.mean is None or self.own is not None: return
-        self.own = [p.detach().clone() for p in bare(self.model).parameters()]
-        self._load(self.mean)
-        self._estimate()
-
-    def _give_back(self):
-        if self.own is not None and _alike(self.own, list(bare(self.model).parameters())): self._load(self.own)
-        self.own = None
-
-    @torch.no_grad()
-    def _load(self, values):
-        for p,v in zip(bare(self.model).parameters(), values): p.copy_(v)
-
-    def _norms(self): return [m for m in bare(self.model).modules() if isinstance(m, batch_norms) and m.track_running_stats]
-
-    @torch.no_grad()
-    def _estimate(self):
-        norms = self._norms()
-        if not norms or not self.recent: return
-        momenta = [m.momentum for m in norms]
-        with evaluating(bare(self.model)):
-            try:
-                for m in norms:
-                    m.reset_running_stats()
-                    m.momentum,m.training = None,True
-                for xb in self.recent: bare(self.model)(*xb)
-            finally:
-                for m,momentum in zip(norms, momenta): m.momentum = momentum
-
     def after_fit(self): self.mean = self.own = self.recent = None
 
-def _alike(a, b): return [o.shape for o in a]==[o.shape for o in b]
+# %% ../../nbs/training/05_averaging.ipynb #e0745ae5
+def _parameters(model): return list(bare(model).parameters())
+def _same_shapes(a, b): return a is not None and [o.shape for o in a]==[o.shape for o in b]
+def _running_norms(model):
+    return [m for m in bare(model).modules() if isinstance(m, batch_norms) and m.track_running_stats]
+
+@torch.no_grad()
+def _load(model, values):
+    for p,v in zip(_parameters(model), values): p.copy_(v)
+
+@patch
+def _lend(self:WeightAverage):
+    "Give the network the mean, unless it has it"
+    if self.mean is None or self.own is not None: return
+    self.own = [p.detach().clone() for p in _parameters(self.model)]
+    _load(self.model, self.mean)
+    _estimate(bare(self.model), self.recent)
+
+@patch
+def _give_back(self:WeightAverage):
+    "Give the network the optimizer's weights again, unless it was pruned since"
+    if _same_shapes(self.own, _parameters(self.model)): _load(self.model, self.own)
+    self.own = None
+
+# %% ../../nbs/training/05_averaging.ipynb #d52e779e
+@torch.no_grad()
+def _estimate(network, batches):
+    "Measure the running statistics of every BatchNorm anew, as the plain mean over `batches`"
+    norms = _running_norms(network)
+    if not norms or not batches: return
+    momenta = [m.momentum for m in norms]
+    with evaluating(network):
+        try:
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum,m.training = None,True
+            for xb in batches: network(*xb)
+        finally:
+            for m,momentum in zip(norms, momenta): m.momentum = momentum

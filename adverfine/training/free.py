@@ -15,33 +15,39 @@ from .adversarial import AdversarialBatches
 
 # %% ../../nbs/training/03_free.ipynb #79e4dd5b
 class FreeAdversarialTraining(AdversarialBatches):
-    "Learn from each batch `replays` times, moving one perturbation with the same backward passes; [arXiv 1904.12843](https://arxiv.org/abs/1904.12843)"
+    "Learn from each batch `replays` times, moving one perturbation along; [arXiv 1904.12843](https://arxiv.org/abs/1904.12843)"
     def __init__(self,
         eps:float, # Radius of the ball in pixels
         replays:int=4, # Passes over each batch, 2 or more
         norm:str='linf', # 'linf' or 'l2'
         clamp:bool=True, # Keep images in [0,1]?
     ):
+        if not replays>=2:
+            raise ValueError(f"replays={replays} must be 2 or more: with less, no batch is ever attacked")
         self.attack,self.replays = FGSM(eps, norm=norm, clamp=clamp),replays
-        if not replays>=2: raise ValueError(f"replays={replays} must be 2 or more: with less, no batch is ever attacked")
 
     def before_fit(self):
         super().before_fit()
-        if self.mix is not None: raise ValueError(f"{self.mix.name} mixes other images in each replay, which leaves FreeAdversarialTraining nothing to move on: "
-                                                  "use AdversarialTraining with it")
+        if self.mix is not None:
+            raise ValueError(f"{self.mix.name} mixes other images in each replay, which leaves FreeAdversarialTraining "
+                             "nothing to move on: use AdversarialTraining with it")
 
-    def before_train(self): self.learn.dl,self.delta = _Replayed(self.dl, self.replays),None
+    def before_train(self):
+        self.learn.dl = _Replayed(self.dl, self.replays)
+        self.delta = None
 
     def before_batch(self):
         space,threat = batch_space(self.learn),self.attack.threat
         self.images = space.to_pixels(self.xb[0])
         fits = self.delta is not None and self.delta.shape==self.images.shape
-        self.moved = (threat.project(self.images+self.delta, self.images) if fits else self.images.clone()).requires_grad_()
+        moved = threat.project(self.images+self.delta, self.images) if fits else self.images.clone()
+        self.moved = moved.requires_grad_()
         self.learn.xb = (space.from_pixels(self.moved), *self.xb[1:])
 
     def after_backward(self):
         threat,grad = self.attack.threat,self.moved.grad.nan_to_num()
-        self.delta = threat.project(self.moved.detach() + threat.eps*threat.steepest(grad), self.images) - self.images
+        further = self.moved.detach() + threat.eps*threat.steepest(grad)
+        self.delta = threat.project(further, self.images) - self.images
 
 class _Replayed(GetAttr):
     "A DataLoader that yields each batch several times in a row"

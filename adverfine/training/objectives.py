@@ -22,12 +22,17 @@ class Objective:
     "Base of what adversarial training minimises"
     looks_at_clean = True # Does the loss need the network's logits for the clean images also?
 
+    def batch(self, x_adv, clean): return torch.cat([x_adv, clean]) if self.looks_at_clean else x_adv
+    def halves(self, pred): return pred.chunk(2) if self.looks_at_clean else (pred, None)
+
     def check(self, attack:Attack):
         "Raise a `ValueError` if this objective has no use for such an attack"
 
     def check_mixed(self, attack:Attack):
-        "Raise a `ValueError` if the two have no use for images that MixUp or CutMix has mixed, which have two labels each"
-        if not attack.soft: raise ValueError(f"{attack.name} climbs away from one label, and a mixed image has two: use PGD, FGSMRS or NFGSM with MixUp")
+        "Raise a `ValueError` if the two have no use for images with two labels, which MixUp or CutMix has mixed"
+        if not attack.soft:
+            raise ValueError(f"{attack.name} climbs away from one label, and a mixed image has two: "
+                             "use PGD, FGSMRS or NFGSM with MixUp")
 
     def target(self,
         model, # The network
@@ -51,8 +56,9 @@ class Objective:
 def _kl(p, logits): return F.kl_div(logits.log_softmax(1), p, reduction='batchmean')
 
 def _check_soft(objective, attack):
-    name = type(objective).__name__
-    if not attack.soft: raise ValueError(f"{name} crafts away from probabilities, which {attack.name} does not take: use PGD, FGSMRS or NFGSM")
+    if not attack.soft:
+        raise ValueError(f"{type(objective).__name__} crafts away from probabilities, which {attack.name} "
+                         "does not take: use PGD, FGSMRS or NFGSM")
 
 # %% ../../nbs/training/01_objectives.ipynb #902a69b4
 class Madry(Objective):
@@ -62,7 +68,8 @@ class Madry(Objective):
 
 # %% ../../nbs/training/01_objectives.ipynb #db78ff15
 class TRADES(Objective):
-    "The loss on clean images, and `beta` times how far the attack moves the prediction; [arXiv 1901.08573](https://arxiv.org/abs/1901.08573)"
+    """The loss on clean images, and `beta` times how far the attack moves the prediction;
+    [arXiv 1901.08573](https://arxiv.org/abs/1901.08573)"""
     def __init__(self,
         beta:float=6., # Weight of robustness, 0 or more
     ):
@@ -72,7 +79,8 @@ class TRADES(Objective):
     def check(self, attack):
         _check_soft(self, attack)
         if isinstance(attack, FGSM) or not getattr(attack, 'random_start', True):
-            raise ValueError(f"TRADES with {attack}: at the clean image its divergence has no gradient, so take an attack with a random start, such as PGD, FGSMRS or NFGSM")
+            raise ValueError(f"TRADES with {attack}: at the clean image its divergence has no gradient, "
+                             "so take an attack with a random start, such as PGD, FGSMRS or NFGSM")
 
     @torch.no_grad()
     def target(self, model, x, y):
@@ -82,7 +90,8 @@ class TRADES(Objective):
 
 # %% ../../nbs/training/01_objectives.ipynb #320e174d
 class MART(Objective):
-    "A boosted loss on attacked images, and a divergence weighted by misclassification; [ICLR 2020](https://openreview.net/forum?id=rklOg6EFwS)"
+    """A boosted loss on attacked images, and a divergence weighted by misclassification;
+    [ICLR 2020](https://openreview.net/forum?id=rklOg6EFwS)"""
     def __init__(self,
         lam:float=5., # Weight of the divergence, 0 or more
     ):
@@ -90,7 +99,8 @@ class MART(Objective):
         self.lam = lam
 
     def check_mixed(self, attack):
-        raise ValueError("MART weighs an image by the probability of its label, and a mixed image has two: use Madry, TRADES or RSLAD with MixUp")
+        raise ValueError("MART weighs an image by the probability of its label, and a mixed image has two: "
+                         "use Madry, TRADES or RSLAD with MixUp")
 
     def __call__(self, adv, clean, y, target, base):
         logp = adv.log_softmax(1)
@@ -105,10 +115,11 @@ class MART(Objective):
 class RSLAD(Objective):
     "Follow a robust `teacher` instead of the labels; [arXiv 2108.07969](https://arxiv.org/abs/2108.07969)"
     def __init__(self,
-        teacher:nn.Module, # An adversarially trained network for the same batches and classes, such as `learn.frozen_copy()` before compression
+        teacher:nn.Module, # A robust network for the same batches and classes, such as `learn.frozen_copy()`
         alpha:float=5/6, # Weight of attacked images, 0 to 1; the rest is for clean ones
     ):
-        if not 0<=alpha<=1: raise ValueError(f"alpha={alpha} must lie between 0 and 1: it is the share of the attacked images")
+        if not 0<=alpha<=1:
+            raise ValueError(f"alpha={alpha} must lie between 0 and 1: it is the share of the attacked images")
         self.teacher,self.alpha = teacher,alpha
 
     def check(self, attack): _check_soft(self, attack)
@@ -117,7 +128,8 @@ class RSLAD(Objective):
     def target(self, model, x, y):
         with evaluating(self.teacher): return self.teacher(x).float().softmax(1)
 
-    def __call__(self, adv, clean, y, target, base): return (1-self.alpha)*_kl(target, clean) + self.alpha*_kl(target, adv)
+    def __call__(self, adv, clean, y, target, base):
+        return (1-self.alpha)*_kl(target, clean) + self.alpha*_kl(target, adv)
 
 # %% ../../nbs/training/01_objectives.ipynb #a57c6e49
 @patch

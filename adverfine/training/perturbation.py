@@ -9,42 +9,46 @@ __all__ = ['AWP']
 
 # %% ../../nbs/training/06_perturbation.ipynb #d2f50f97
 import torch
+from torch.func import functional_call
+from fastai.callback.core import Callback
 from ..networks.modes import bare
-from .acceleration import WhileAttached
 from .adversarial import adversarial_training_of
 
 # %% ../../nbs/training/06_perturbation.ipynb #aa90b15f
-class AWP(WhileAttached):
+class AWP(Callback):
     "Take each training gradient at adversarially perturbed weights; [arXiv 2004.05884](https://arxiv.org/abs/2004.05884)"
     order,run_valid = 25,False
     def __init__(self,
         gamma:float=.005, # Length of the perturbation, in units of each layer's norm
         start:float=0., # Share of the training after which it begins, 0 to 1
     ):
-        if not gamma>0: raise ValueError(f"gamma={gamma} must be positive: it is how far weights move, in units of their norm; .005 to .01 is usual")
-        self.gamma,self.start,self.saved = gamma,start,[]
+        if not gamma>0:
+            raise ValueError(f"gamma={gamma} must be positive: it is how far weights move, in units of their norm; "
+                             ".005 to .01 is usual")
+        self.gamma,self.start = gamma,start
 
     def before_fit(self): self.adversarial = adversarial_training_of(self)
+    def before_batch(self): self.random_state = torch.get_rng_state()
 
-    def before_batch(self):
+    def after_pred(self):
         if self.learn.pct_train<self.start: return
+        loss = self.adversarial.minimised(self.pred, self.adversarial.once.loss_func)
+        pred = self._predict_with(self._perturbed(loss))
+        self.adversarial.predicted(pred.to(self.pred.dtype))
+
+    def _perturbed(self, loss):
+        "Name of each weight matrix: its values, moved uphill"
+        weights = {n: p for n,p in bare(self.model).named_parameters() if p.requires_grad and p.dim()>1}
+        grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        moved = {}
+        for (n,p),g in zip(weights.items(), grads):
+            if g is not None: moved[n] = p + (g*(self.gamma*p.norm()/g.norm().clamp_min(1e-12))).detach()
+        return moved
+
+    def _predict_with(self, weights):
+        "What the network predicts with other `weights`; its buffers and the random numbers do not notice"
         network = bare(self.model)
-        weights = [p for p in network.parameters() if p.requires_grad and p.dim()>1]
-        buffers = [(b, b.clone()) for b in network.buffers()]
+        buffers = {n: b.clone() for n,b in network.named_buffers()}
         with torch.random.fork_rng(devices=[]):
-            loss = self.adversarial.loss_of(*self.adversarial.halves(network(*self.xb)), self.learn.loss_func)
-        grads = torch.autograd.grad(loss, weights, allow_unused=True)
-        for b,old in buffers: b.copy_(old)
-        self.saved = [(p, p.detach().clone()) for p in weights]
-        with torch.no_grad():
-            for p,g in zip(weights, grads):
-                if g is not None: p.add_(g*(self.gamma*p.norm()/g.norm().clamp_min(1e-12)))
-
-    @torch.no_grad()
-    def _restore(self):
-        for p,old in self.saved: p.copy_(old)
-        self.saved = []
-
-    def after_backward(self): self._restore()
-    def after_cancel_batch(self): self._restore()
-    def detach(self): self._restore()
+            torch.set_rng_state(self.random_state)
+            return functional_call(network, weights | buffers, tuple(self.xb))

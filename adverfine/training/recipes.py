@@ -16,7 +16,8 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
-import adverfine.compression.pruning, adverfine.compression.quantization, adverfine.evaluation.robustness  # noqa: F401 verbs of a Learner
+import adverfine.compression.pruning, adverfine.compression.quantization  # noqa: F401 verbs of a Learner
+import adverfine.evaluation.robustness  # noqa: F401 verb of a Learner
 from ..networks.precision import bf16_is_fast
 from ..attacks.attack import Attack
 from ..attacks.gradient import FGSMRS, PGD
@@ -32,7 +33,7 @@ from .averaging import WeightAverage
 @patch
 def adversarial_fine_tune(self:Learner,
     epochs:int, # Passes over the training images
-    attack:Attack|float, # Crafts the images to train on; or a radius in pixels, such as 8/255, which means `FGSMRS(eps)`
+    attack:Attack|float, # Crafts the images to train on; or a radius in pixels, such as 8/255: then `FGSMRS(eps)`
     lr:float=3e-3, # Top of the one-cycle learning rate
     objective:Objective|None=None, # See `AdversarialTraining`
     teacher:nn.Module|None=None, # A robust parent to learn from, such as `learn.frozen_copy()` before compression
@@ -46,6 +47,30 @@ def adversarial_fine_tune(self:Learner,
     if bf16_is_fast() and not any(isinstance(cb, BF16) for cb in [*self.cbs, *L(cbs)]): recipe.append(BF16())
     self.fit_one_cycle(epochs, lr, cbs=[*recipe, *L(cbs)], **kwargs)
     return self
+
+# %% ../../nbs/training/08_recipes.ipynb #070fa5dd
+def _check_request(path, out, prune, bits, epochs, eps, adversarial):
+    "Raise a `ValueError` unless there is something to do, and it is clear how"
+    if prune is None and bits is None: raise ValueError("prune and bits are both missing: say how to compress")
+    if adversarial and epochs and eps is None:
+        raise ValueError("adversarial fine-tuning needs eps, a radius in pixels such as 8/255: "
+                         "give it, or adversarial=False")
+    if Path(path).resolve()==Path(out).resolve():
+        raise ValueError(f"{out} is where the network comes from: give another folder")
+
+def _loaded_learner(path, dls, factory):
+    "A Learner for the network in the folder `path`, with DataLoaders that normalise as it wants"
+    info,model = compressed_info(path),load_compressed(path, factory)
+    normalizations = [tuple(o[k] for k in ('mean', 'std')) for o in info['normalize']]
+    if len(normalizations)>1:
+        raise ValueError(f"{path} normalises its images {len(normalizations)} times, and data sets do it once: "
+                         "save it with a single Normalize")
+    dls = dls(normalize=normalizations[0] if normalizations else None)
+    shape = list(dls.valid.one_batch()[0].shape[1:])
+    if shape!=info['input_shape']:
+        raise ValueError(f"{path} is for images of shape {tuple(info['input_shape'])}, and these have {tuple(shape)}: "
+                         "name the data set that it was trained on")
+    return Learner(dls, model.model if normalizations else model, loss_func=nn.CrossEntropyLoss())
 
 # %% ../../nbs/training/08_recipes.ipynb #dae3a1cc
 def compress(
@@ -63,24 +88,17 @@ def compress(
     progress:bool=True, # Show fastai's bar and table?
 ) -> RobustnessReport|None: # On the test images, if there is an `eps`
     "Load a network, prune and quantize it, fine-tune it, measure it and save it"
-    if prune is None and bits is None: raise ValueError("prune and bits are both missing: say how to compress")
-    if adversarial and epochs and eps is None: raise ValueError("adversarial fine-tuning needs eps, a radius in pixels such as 8/255: give it, or adversarial=False")
-    if Path(path).resolve()==Path(out).resolve(): raise ValueError(f"{out} is where the network comes from: give another folder")
-    info,model = compressed_info(path),load_compressed(path, factory)
-    norms = [tuple(o[k] for k in ('mean', 'std')) for o in info['normalize']]
-    if len(norms)>1: raise ValueError(f"{path} normalises its images {len(norms)} times, and data sets do it once: save it with a single Normalize")
-    dls = dls(normalize=norms[0] if norms else None)
-    shape = list(dls.valid.one_batch()[0].shape[1:])
-    if shape!=info['input_shape']: raise ValueError(f"{path} is for images of shape {tuple(info['input_shape'])}, and these have {tuple(shape)}: name the data set that it was trained on")
-    with no_random(seed):
-        learn = Learner(dls, model.model if norms else model, loss_func=nn.CrossEntropyLoss())
+    _check_request(path, out, prune, bits, epochs, eps, adversarial)
+    made = compressed_info(path)['factory']
+    learn,report = _loaded_learner(path, dls, factory),None
+    with no_random(seed), ExitStack() as stack:
         if prune is not None: learn.prune(prune)
         if bits is not None: learn.quantize(bits)
-        with ExitStack() as quiet:
-            if not progress: quiet.enter_context(learn.no_bar()), quiet.enter_context(learn.no_logging())
-            if epochs and adversarial: learn.adversarial_fine_tune(epochs, eps, lr)
-            elif epochs: learn.fit_one_cycle(epochs, lr)
-        report = learn.robustness(PGD(eps, steps=20), seed=seed, progress=progress) if eps is not None else None
-    made = info['factory']
-    learn.save_compressed(out, factory=factory or made['factory'], report=report, **({} if factory else made['kwargs']))
+        if not progress:
+            for quiet in learn.no_bar, learn.no_logging: stack.enter_context(quiet())
+        if epochs and adversarial: learn.adversarial_fine_tune(epochs, eps, lr)
+        elif epochs: learn.fit_one_cycle(epochs, lr)
+        if eps is not None: report = learn.robustness(PGD(eps, steps=20), seed=seed, progress=progress)
+    kwargs = {} if factory else made['kwargs']
+    learn.save_compressed(out, factory=factory or made['factory'], report=report, **kwargs)
     return report

@@ -9,8 +9,10 @@ __all__ = ['KeepMostRobust', 'StopOnCatastrophe']
 
 # %% ../../nbs/training/04_selection.ipynb #5302ad35
 import warnings
+import numpy as np
 from safetensors.torch import save
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import join_path_file, rank_distrib
 from ..files import write_atomic
 from ..networks.modes import bare
@@ -21,9 +23,11 @@ from .adversarial import AdversarialBatches
 
 # %% ../../nbs/training/04_selection.ipynb #dde357cc
 class _AfterTraining(Callback):
-    "Calls `begin` when a training begins, and `look` when an epoch of training and validation has been recorded"
+    "Calls `begin` when a training begins, and `inspect` when an epoch of training and validation has been recorded"
     remove_on_fetch = True
-    def before_fit(self): self.run,self.begun,self.weights = not hasattr(self.learn, 'lr_finder'),False,None
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder')
+        self.begun,self.weights = False,None
     def before_epoch(self): self.trained = self.whole = False
     def before_train(self):
         if not self.begun: self.begin()
@@ -31,47 +35,59 @@ class _AfterTraining(Callback):
     def after_cancel_validate(self): self.trained = False
     def after_validate(self): self.whole,self.trained = self.trained,False
     def after_epoch(self):
-        if self.whole: self.look()
+        if self.whole: self.inspect()
     def after_fit(self): self.weights = None
 
-def _weights(model):
+def _copied_weights(model):
     "A copy of all that `model` has learned, on the CPU"
     return {k: v.detach().cpu().contiguous().clone() for k,v in bare(model).state_dict().items()}
 
-def _alike(a, b): return {k: v.shape for k,v in a.items()}=={k: v.shape for k,v in b.items()}
+def _fit_each_other(a, b): return {k: v.shape for k,v in a.items()}=={k: v.shape for k,v in b.items()}
 
 # %% ../../nbs/training/04_selection.ipynb #817296a4
-class KeepMostRobust(_AfterTraining):
-    "Keep the weights with the highest `RobustAccuracy` and restore them when the fit ends; a change of shapes (pruning) starts the search afresh; [arXiv 2002.11569](https://arxiv.org/abs/2002.11569)"
+class KeepMostRobust(_AfterTraining, TrackerCallback):
+    """Keep the weights with the highest `RobustAccuracy` and restore them when the fit ends; a change of shapes
+    (pruning) starts the search afresh; [arXiv 2002.11569](https://arxiv.org/abs/2002.11569)"""
     order = 61
     def __init__(self,
-        fname:str='best_robust', # The best weights are also in `learn.path/learn.model_dir`, under this name and `.safetensors`
-    ): self.fname = fname
+        fname:str='best_robust', # The weights are also in `learn.path/learn.model_dir`, as `fname`.safetensors
+    ):
+        super().__init__(comp=np.greater)
+        self.fname = fname
 
     def begin(self):
-        self.metric = next((o for o in self.learn.metrics if isinstance(o, RobustAccuracy)), None)
-        if self.metric is None: raise ValueError("no RobustAccuracy among the Learner's metrics: add one, as in Learner(..., metrics=RobustAccuracy(PGD(eps=8/255)))")
-        self.best,self.last,self.epoch_of_best = float('nan'),float('nan'),None
+        metric = next((o for o in self.learn.metrics if isinstance(o, RobustAccuracy)), None)
+        if metric is None:
+            raise ValueError("no RobustAccuracy among the Learner's metrics: "
+                             "add one, as in Learner(..., metrics=RobustAccuracy(PGD(eps=8/255)))")
+        self.monitor = metric.name
+        TrackerCallback.before_fit(self)
+        self.last,self.epoch_of_best = float('nan'),None
 
-    def look(self):
-        self.last,weights = self.metric.value,_weights(self.model)
-        if self.weights is not None and self.last<=self.best and _alike(weights, self.weights): return
-        self.best,self.epoch_of_best,self.weights = self.last,self.epoch,weights
+    def inspect(self):
+        weights = _copied_weights(self.model)
+        if self.weights is None or not _fit_each_other(weights, self.weights): self.best = -float('inf')
+        TrackerCallback.after_epoch(self)
+        self.last = self.recorder.values[-1][self.idx]
+        if not self.new_best: return
+        self.epoch_of_best,self.weights = self.epoch,weights
         file = join_path_file(self.fname, self.learn.path/self.learn.model_dir, ext='.safetensors')
-        if not rank_distrib(): write_atomic(file, save(weights, metadata=dict(epoch=str(self.epoch), robust_accuracy=str(self.best))))
+        note = dict(epoch=str(self.epoch), robust_accuracy=str(self.best))
+        if not rank_distrib(): write_atomic(file, save(weights, metadata=note))
 
     def after_fit(self):
         if self.weights is not None: bare(self.model).load_state_dict(self.weights)
         super().after_fit()
 
     @property
-    def gap(self):
+    def gap(self) -> float:
         "By how much the best robust accuracy was above the last: the robust overfitting"
         return self.best-self.last
 
 # %% ../../nbs/training/04_selection.ipynb #28349b50
 class StopOnCatastrophe(_AfterTraining):
-    "End a fit, with the weights of the epoch before, if accuracy under `attack` on a held-out batch falls by more than `threshold` in one epoch; [arXiv 2001.03994](https://arxiv.org/abs/2001.03994)"
+    """End a fit, with the weights of the epoch before, if accuracy under `attack` on a held-out batch falls by more
+    than `threshold` in one epoch; [arXiv 2001.03994](https://arxiv.org/abs/2001.03994)"""
     order,run_train = 63,False
     def __init__(self,
         attack:Attack|None=None, # Needs several steps; default: PGD-10 under the threat model of `AdversarialTraining`
@@ -79,11 +95,15 @@ class StopOnCatastrophe(_AfterTraining):
         stop:bool=True, # Restore and end the fit? Otherwise only warn
     ): self.attack,self.threshold,self.stop = attack,threshold,stop
 
-    def begin(self): self.metric,self.last = RobustAccuracy(self.attack or self._pgd()),None
+    def begin(self):
+        self.metric = RobustAccuracy(self.attack or self._pgd())
+        self.last = None
 
     def _pgd(self):
         threat = next((cb.attack.threat for cb in self.learn.cbs if isinstance(cb, AdversarialBatches)), None)
-        if threat is None: raise ValueError("no AdversarialTraining to take the threat model from: add it, or name an attack, as in StopOnCatastrophe(PGD(eps=8/255))")
+        if threat is None:
+            raise ValueError("no AdversarialTraining to take the threat model from: "
+                             "add it, or name an attack, as in StopOnCatastrophe(PGD(eps=8/255))")
         return PGD(threat.eps, norm=threat.norm, clamp=threat.clamp)
 
     def after_batch(self):
@@ -91,12 +111,14 @@ class StopOnCatastrophe(_AfterTraining):
         self.metric.reset()
         self.metric.accumulate(self.learn)
 
-    def look(self):
-        before,self.last,weights = self.last,self.metric.value,_weights(self.model)
-        fell = self.weights is not None and _alike(weights, self.weights) and before-self.last>self.threshold
-        if fell: warnings.warn(f"catastrophic overfitting in epoch {self.epoch}: accuracy under {self.metric.attack.name} fell from {before:.3f} to {self.last:.3f}; "
-                               "train with PGD of 2 or more steps, a smaller eps, or N-FGSM")
-        if fell and self.stop:
-            bare(self.model).load_state_dict(self.weights)
-            raise CancelFitException()
+    def inspect(self):
+        before,self.last,weights = self.last,self.metric.value,_copied_weights(self.model)
+        comparable = self.weights is not None and _fit_each_other(weights, self.weights)
+        if comparable and before-self.last>self.threshold:
+            warnings.warn(f"catastrophic overfitting in epoch {self.epoch}: accuracy under {self.metric.attack.name} "
+                          f"fell from {before:.3f} to {self.last:.3f}; "
+                          "train with PGD of 2 or more steps, a smaller eps, or N-FGSM")
+            if self.stop:
+                bare(self.model).load_state_dict(self.weights)
+                raise CancelFitException()
         self.weights = weights

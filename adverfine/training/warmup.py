@@ -8,28 +8,18 @@ Docs: https://adverfine.github.io/adverfine/training/warmup.html.md"""
 __all__ = ['EpsilonWarmup']
 
 # %% ../../nbs/training/07_warmup.ipynb #fcbc9a47
-from .acceleration import WhileAttached
+from fastai.callback.core import Callback
 from .adversarial import adversarial_training_of
 
 # %% ../../nbs/training/07_warmup.ipynb #091723aa
-class EpsilonWarmup(WhileAttached):
+class EpsilonWarmup(Callback):
     "Let the budget of the training attack grow linearly from 0 to full"
     order,run_valid = 19,False
-    _full = None
     def __init__(self,
         pct:float=.3, # Share of the training until the budget is full, 0 to 1
     ):
         if not 0<pct<=1: raise ValueError(f"pct={pct} must lie above 0 and at most be 1: it is a share of the training")
         self.pct = pct
 
-    def before_fit(self):
-        self.adversarial = adversarial_training_of(self)
-        self._full = self.adversarial.attack
-
-    def before_batch(self):
-        share = self.learn.pct_train/self.pct
-        self.adversarial.attack = self._full.scaled(share) if share<1 else self._full
-
-    def after_fit(self): self.detach()
-    def detach(self):
-        if self._full is not None: self.adversarial.attack,self._full = self._full,None
+    def before_fit(self): self.adversarial = adversarial_training_of(self)
+    def before_batch(self): self.adversarial.budget = min(1., self.learn.pct_train/self.pct)

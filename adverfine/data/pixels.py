@@ -28,7 +28,7 @@ def pixels(
     space = pixel_space(dl)
     xs,ys = zip(*((space.to_pixels(b[0]).cpu(), b[1].as_subclass(Tensor).cpu()) for b in dl))
     x = torch.cat(xs)
-    return PixelImage(x, space=space) if space.norms else x,torch.cat(ys)
+    return PixelImage(x, space=space) if space.normalizations else x,torch.cat(ys)
 
 # %% ../../nbs/data/01_pixels.ipynb #c40b63cb
 def training_batches(

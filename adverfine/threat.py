@@ -160,7 +160,7 @@ class PixelModel(nn.Module):
     def forward(self, x): return self.model(self.space.from_pixels(x))
 
 def pixel_space(
-    dl:TfmdDL, # A fastai DataLoader (or DataLoaders, whose `train` is taken), perhaps in another, as a `DistributedDL` is
+    dl:TfmdDL, # A fastai DataLoader, perhaps in a `DistributedDL`; or DataLoaders, whose `train` is taken
 ) -> PixelSpace:
     "The `PixelSpace` of the batches that `dl` yields, found in its transforms"
     while isinstance(dl, TfmdDL) and 'dl' in vars(dl): dl = dl.dl
@@ -177,5 +177,5 @@ def check_takes_pixels(
     space = getattr(x, 'space', None)
     if not getattr(space, 'normalizations', None): return
     if not any(isinstance(m, PixelModel) for m in model.modules()):
-        raise ValueError(f"{type(model).__name__} was given pixels, and their DataLoader normalises what its network gets: "
-                         "write pixel_space(dls).wrap(learn.model) for learn.model, or use learn.robustness")
+        raise ValueError(f"{type(model).__name__} was given pixels, and their DataLoader normalises what its network "
+                         "gets: write pixel_space(dls).wrap(learn.model) for learn.model, or use learn.robustness")

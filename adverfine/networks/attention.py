@@ -88,7 +88,7 @@ def opened(
     model:nn.Module, # A network
     x:Tensor, # A batch as it wants it
 ):
-    "Every `nn.MultiheadAttention` that attends to its own input becomes a `SelfAttention`, for good; not after an error"
+    "Every `nn.MultiheadAttention` that attends to its own input becomes a `SelfAttention`, undone after an error"
     found = _that_can_be_opened(model, x)
     for m in found: SelfAttention.open(m)
     try: yield model
@@ -99,7 +99,7 @@ def opened(
 # %% ../../nbs/networks/03_attention.ipynb #836773b5
 def head_projections(
     m:nn.Module, # Any module
-) -> tuple|None: # What makes queries, keys and values of all heads, and what reads the heads; None if they cannot be cut
+) -> tuple|None: # The layer of queries, keys and values, and the one that reads the heads; None if none can be cut
     "The projections of a `SelfAttention`, or of timm's `Attention`"
     if not isinstance(m, SelfAttention) and not hasattr(m, 'attn_dim'): return None
     if not all(isinstance(getattr(m, o, None), int) for o in ('num_heads', 'head_dim')): return None

@@ -78,7 +78,7 @@ def _chain(node, modules):
 
 # %% ../../nbs/networks/07_fused.ipynb #a78b5dc4
 class CraftingNetwork(nn.Module):
-    "The same function as `network` in eval mode, for gradients of its input: `prepare` it whenever its weights have changed"
+    "The same function as `network` in eval mode, for gradients of its input; `prepare` it after each change of weights"
     def __init__(self,
         network:nn.Module, # The network, whose parameters are shared
         graph:fx.Graph, # What `torch.fx` has traced in it; it is changed

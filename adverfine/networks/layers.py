@@ -21,7 +21,8 @@ class LayerKind:
     batch_norm:bool=False  # Is it a BatchNorm?
 
 def _conv(m): return dict(weight=(m.out_channels, m.in_channels//m.groups, *m.kernel_size), bias=(m.out_channels,))
-def _transposed(m): return dict(weight=(m.in_channels, m.out_channels//m.groups, *m.kernel_size), bias=(m.out_channels,))
+def _transposed(m):
+    return dict(weight=(m.in_channels, m.out_channels//m.groups, *m.kernel_size), bias=(m.out_channels,))
 def _linear(m): return dict(weight=(m.out_features, m.in_features), bias=(m.out_features,))
 def _layer_norm(m): return dict.fromkeys(('weight', 'bias'), tuple(m.normalized_shape))
 

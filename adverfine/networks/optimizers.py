@@ -25,7 +25,8 @@ def adopt(
     opt.param_lists = type(opt.param_lists)([with_heirs(ps) for ps in opt.param_lists])
     own,inner = opt.state,getattr(opt, 'opt', opt).state
     for states in [own] if inner is own else [own, inner]:
-        for old in [o for o in states if o in heirs]: states[heirs[old]] = _inherited(old, states.pop(old), state or keep)
+        for old in [o for o in states if o in heirs]:
+            states[heirs[old]] = _inherited(old, states.pop(old), state or keep)
         for new in (q for qs in added.values() for q in qs): states.setdefault(new, {}) # a loaded optimizer makes none
 
 def _inherited(old, had, follow):

@@ -18,7 +18,7 @@ from fastai.data.load import chunked
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device, TensorCategory, TensorImage
-import fastai.vision.data, fastai.vision.learner  # how to show image batches, results and top losses
+import fastai.vision.data, fastai.vision.learner  # noqa: F401 how to show image batches, results and top losses
 from ..threat import check_images
 
 # %% ../../nbs/data/00_images.ipynb #9140ddc5

@@ -1,4 +1,4 @@
-"""Files that are whole whatever happens, and folders that one process at a time changes
+"""Atomic writes, and folders that one process at a time changes
 
 Docs: https://adverfine.github.io/adverfine/files.html.md"""
 
@@ -17,10 +17,11 @@ except ImportError: fcntl = None # Windows has none
 # %% ../nbs/01_files.ipynb #87e520bb
 def write_atomic(
     path, # File to write; folders on the way to it are made, and a link in its place is replaced, not followed
-    content, # str or bytes
+    content, # str (written as UTF-8) or bytes
 ):
     "Write a file such that, whatever happens, either the old or the new content is there"
-    path,content = Path(path),content.encode() if isinstance(content, str) else content
+    path = Path(path)
+    if isinstance(content, str): content = content.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name[:32]}.{secrets.token_hex(8)}.part')
     try:
@@ -33,7 +34,9 @@ def write_atomic(
     finally: part.unlink(missing_ok=True)
     with suppress(OSError), _opened(path.parent) as folder: os.fsync(folder) # not every system can do this to a folder
 
-def _new_file(path, flags): return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666) # 0o666: the umask decides
+def _new_file(path, flags):
+    "Open `path` without following a link; 0o666 leaves it to the umask who may read"
+    return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
 
 @contextmanager
 def _opened(folder):

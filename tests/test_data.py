@@ -23,15 +23,19 @@ def test_fashion_from_a_folder(fashion):
     assert x.shape==(8, 1, 28, 28) and 0<=x.min() and x.max()<=1 and len(dls.vocab)==dls.c==10
 
 @pytest.mark.parametrize('name,content,why', [
-    ('train-images-idx3-ubyte', lambda b: b[:-7], 'were promised'), ('t10k-images-idx3-ubyte', lambda b: b'', 'no idx header'),
-    ('t10k-labels-idx1-ubyte.gz', lambda b: b[:-9], 'end-of-stream|damaged'), ('train-labels-idx1-ubyte.gz', lambda b: b'not gzip at all', 'damaged'),
-    ('train-labels-idx1-ubyte.gz', lambda b: gzip.compress(_idx(np.full(40, 10, np.uint8))), 'labels run from 10 to 10'),
+    ('train-images-idx3-ubyte', lambda b: b[:-7], 'were promised'),
+    ('t10k-images-idx3-ubyte', lambda b: b'', 'no idx header'),
+    ('t10k-labels-idx1-ubyte.gz', lambda b: b[:-9], 'end-of-stream|damaged'),
+    ('train-labels-idx1-ubyte.gz', lambda b: b'not gzip at all', 'damaged'),
+    ('train-labels-idx1-ubyte.gz', lambda b: gzip.compress(_idx(np.full(40, 10, np.uint8))),
+     'labels run from 10 to 10'),
+    ('train-labels-idx1-ubyte.gz', lambda b: gzip.compress(_idx(np.zeros((40, 1), np.uint8))), '1 axes expected'),
     ('train-labels-idx1-ubyte.gz', lambda b: gzip.compress(_idx(np.zeros(39, np.uint8))), '40 images but 39 labels')])
 def test_fashion_damaged(fashion, name, content, why):
     f = fashion/name
     f.write_bytes(content(f.read_bytes()))
     with pytest.raises(ValueError, match=why) as e: fashion_mnist_dls(fashion)
-    if 'label' not in why: assert name in str(e.value)
+    if 'labels' not in why: assert name in str(e.value)
 
 def test_missing_says_where_and_how(tmp_path, monkeypatch):
     monkeypatch.setenv('FASTAI_HOME', str(tmp_path))
@@ -45,7 +49,9 @@ def cifar(tmp_path):
     for part in ('train', 'test'):
         for c in cifar_vocab:
             (tmp_path/part/c).mkdir(parents=True)
-            for i in range(3): Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path/part/c/f'{i}.png')
+            for i in range(3):
+                noise = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path/part/c/f'{i}.png')
     return tmp_path
 
 def test_cifar_from_folders(cifar):
@@ -64,11 +70,16 @@ def test_cifar_damaged(cifar):
     f.unlink(); (cifar/'test'/'dog').rename(cifar/'test'/'hound')
     with pytest.raises(ValueError, match='test.dog is missing'): cifar10_dls(cifar)
 
-def test_cifar_from_batches(tmp_path):
-    folder = tmp_path/'cifar-10-batches-py'; folder.mkdir()
+cifar_batches = *(f'data_batch_{i}' for i in range(1, 6)), 'test_batch'
+
+@pytest.mark.parametrize('protocol', [2, 5])
+def test_cifar_from_batches(tmp_path, protocol):
+    folder = tmp_path/'cifar-10-batches-py'
+    folder.mkdir()
     rng = np.random.default_rng(0)
-    for name in [f'data_batch_{i}' for i in range(1,6)]+['test_batch']:
-        for protocol in (2, 5): (folder/name).write_bytes(pickle.dumps({'batch_label': name, 'data': rng.integers(0, 256, (10, 3072), dtype=np.uint8), 'labels': list(range(10))}, protocol=protocol))
+    for name in cifar_batches:
+        d = dict(batch_label=name, data=rng.integers(0, 256, (10, 3072), dtype=np.uint8), labels=list(range(10)))
+        (folder/name).write_bytes(pickle.dumps(d, protocol=protocol))
     assert [len(dl.dataset) for dl in cifar10_dls(tmp_path)]==[45, 5, 10]
     (folder/'data_batch_3').write_bytes((folder/'data_batch_3').read_bytes()[:500])
     with pytest.raises(ValueError, match='data_batch_3 is damaged'): cifar10_dls(tmp_path)
@@ -76,8 +87,9 @@ def test_cifar_from_batches(tmp_path):
 def test_a_pickle_runs_nothing(tmp_path):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'owned'),)
-    folder = tmp_path/'cifar-10-batches-py'; folder.mkdir()
-    for name in [f'data_batch_{i}' for i in range(1,6)]+['test_batch']: (folder/name).write_bytes(pickle.dumps({'data': Evil(), 'labels': []}))
+    folder = tmp_path/'cifar-10-batches-py'
+    folder.mkdir()
+    for name in cifar_batches: (folder/name).write_bytes(pickle.dumps({'data': Evil(), 'labels': []}))
     with pytest.raises(ValueError, match='mkdir'): cifar10_dls(tmp_path)
     assert not (tmp_path/'owned').exists()
 
@@ -100,7 +112,8 @@ def test_fastai_finds_its_way(tmp_path):
     from adverfine.evaluation.metric import RobustAccuracy
     from adverfine.attacks.gradient import PGD
     from adverfine.networks.zoo import cnn8
-    learn = Learner(digits_dls(normalize=(.5,.5), n_train=200), cnn8(size=8), metrics=RobustAccuracy(PGD(.1, steps=1)), path=tmp_path)
+    dls = digits_dls(normalize=(.5,.5), n_train=200)
+    learn = Learner(dls, cnn8(size=8), metrics=RobustAccuracy(PGD(.1, steps=1)), path=tmp_path)
     learn.dls.show_batch()
     with learn.no_bar():
         learn.show_results()
@@ -128,16 +141,18 @@ def test_fastai_predicts_interprets_and_exports(tmp_path, kind, normalize):
     as_bytes = image if kind=='bytes' else (image*255).round().byte()
     Image.fromarray(as_bytes[0].numpy()).save(tmp_path/'7.png')
     want = pixel_space(dls).wrap(learn.model.eval())((as_bytes/255)[None].to(dls.device)).softmax(1)[0].cpu()
+    file = tmp_path/'7.png'
+    pair = dls.valid_ds.__class__(x[7:8], y[7:8], names)[0]
     def answers(learn):
         with learn.no_bar():
-            items = [image, as_bytes/255, as_bytes.numpy(), Image.open(tmp_path/'7.png'), tmp_path/'7.png', str(tmp_path/'7.png'), dls.valid_ds.__class__(x[7:8], y[7:8], names)[0]]
-            for item in items:
+            for item in image, as_bytes/255, as_bytes.numpy(), Image.open(file), file, str(file), pair:
                 name,number,probabilities = learn.predict(item)
                 assert torch.allclose(probabilities, want, atol=1e-6, rtol=0)
                 assert name==names[int(want.argmax())] and number==want.argmax()
     answers(learn)
     with learn.no_bar():
-        for draw in (dls.show_batch, learn.show_results, lambda: ClassificationInterpretation.from_learner(learn).plot_top_losses(4)):
+        def top_losses(): ClassificationInterpretation.from_learner(learn).plot_top_losses(4)
+        for draw in dls.show_batch, learn.show_results, top_losses:
             plt.close('all')
             draw()
             assert sum(bool(ax.images) for ax in plt.gcf().axes)>=4
@@ -148,7 +163,9 @@ def test_fastai_predicts_interprets_and_exports(tmp_path, kind, normalize):
     answers(load_learner(tmp_path/'m.pkl'))
 
 @pytest.mark.parametrize('item,why', [
-    (torch.rand(8, 8), 'channel axis'), (torch.rand(1, 9, 8), r'\(1, 9, 8\).*\(1, 8, 8\)'), (np.zeros((8, 8, 3), np.uint8), r'\(8, 8, 3\).*\(1, 8, 8\)'),
-    (Image.new('RGB', (8, 8)), r'\(3, 8, 8\).*\(1, 8, 8\)'), (torch.rand(1, 8, 8)*255, r'pixels in \[0,1\]'), (torch.zeros(1, 8, 8).long(), 'int64')])
+    (torch.rand(8, 8), 'channel axis'), (torch.rand(1, 9, 8), r'\(1, 9, 8\).*\(1, 8, 8\)'),
+    (np.zeros((8, 8, 3), np.uint8), r'\(8, 8, 3\).*\(1, 8, 8\)'),
+    (Image.new('RGB', (8, 8)), r'\(3, 8, 8\).*\(1, 8, 8\)'), (torch.rand(1, 8, 8)*255, r'pixels in \[0,1\]'),
+    (torch.zeros(1, 8, 8).long(), 'int64')])
 def test_odd_images_are_refused(item, why):
     with pytest.raises(ValueError, match=why): digits_dls(n_train=100).test_dl([item])

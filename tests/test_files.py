@@ -2,11 +2,14 @@
 import os, signal, stat, subprocess, sys, threading
 import pytest
 from adverfine import files
-from adverfine.files import *
+from adverfine.files import locked, write_atomic
 
 posix = pytest.mark.skipif(sys.platform=='win32', reason='links, signals and locks of POSIX')
 
-def _python(code, *args, **kw): return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+def _python(code, *args):
+    "A process that runs `code`"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], text=True, **pipes)
 
 writer = '''
 import sys

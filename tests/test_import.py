@@ -10,11 +10,13 @@ def _run(code):
 
 snapshot = '''
 import json, sys, types
-import fastai.vision.all, fastai.callback.all, fastcore.all, torch, torch.nn, torch.optim, torchvision, torch.nn.functional, torch_pruning, safetensors.torch
+import fastai.vision.all, fastai.callback.all, fastcore.all
+import torch, torch.nn, torch.optim, torch.nn.functional, torchvision, torch_pruning, safetensors.torch
 try: import accelerate, fastai.distributed
 except ImportError: pass
 
-def owned(m): return m.split('.')[0] in ('fastai', 'fastcore', 'torch', 'torchvision', 'torch_pruning', 'safetensors', 'numpy', 'pandas', 'PIL')
+others = 'fastai fastcore torch torchvision torch_pruning safetensors numpy pandas PIL'.split()
+def owned(m): return m.split('.')[0] in others
 def seen():
     "Each function, class and attribute of a class in modules of others"
     found = {}
@@ -38,7 +40,8 @@ changed = [k for k,v in before.items() if isinstance(v, plain) and (k not in aft
 added = [k for k in after if k not in before and k[0]=='fastai.learner.Learner']
 print(json.dumps([changed, added]))''')
     assert not changed
-    assert {k for _,k in added}=={'prune', 'quantize', 'frozen_copy', 'robustness', 'save_compressed', 'adversarial_fine_tune', 'export_onnx'}
+    verbs = 'prune quantize frozen_copy robustness save_compressed adversarial_fine_tune export_onnx'
+    assert {k for _,k in added}==set(verbs.split())
 
 def test_the_test_would_notice():
     changed = _run(snapshot+'''
@@ -46,7 +49,9 @@ before = seen()
 fastai.learner.Learner.predict = lambda self: 0
 torch.nn.Linear = int
 after = seen()
-print(json.dumps([list(map(str, k)) for k,v in before.items() if isinstance(v, (types.FunctionType, type)) and after[k] is not v]))''')
+plain = types.FunctionType, type
+changed = [list(map(str, k)) for k,v in before.items() if isinstance(v, plain) and after[k] is not v]
+print(json.dumps(changed))''')
     assert ['fastai.learner.Learner', 'predict'] in changed and ['torch.nn', 'Linear'] in changed
 
 def test_import_tells_the_c_library_nothing():
@@ -89,7 +94,8 @@ def test_a_distributed_fit_leaves_fastai_as_it_is():
     pytest.importorskip('accelerate')
     assert _run('''
 import json, os, torch, torch.distributed as dist
-os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0', ACCELERATE_USE_CPU='true')
+os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0',
+    ACCELERATE_USE_CPU='true')
 from fastai.distributed import DistributedDL
 from adverfine.training.acceleration import agree_on_cpu
 from adverfine.data.sources import digits_dls

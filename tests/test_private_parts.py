@@ -16,20 +16,23 @@ newest = {'torch': '2.14.1', 'fastai': '2.8.12', 'fastcore': '2.2.39', 'torch-pr
 
 # name, `._x` where the object is not an imported one -> what for, and why there is no public one
 private_parts = {
-    '._forward_hooks': "fused layers would leave out the hooks of the layers they replace: no public way to ask for hooks",
+    '._forward_hooks': "fused layers would leave out the hooks of the layers they replace: no public way to ask for "
+                       "hooks",
     '._forward_pre_hooks': "as _forward_hooks",
     '._orig_mod': "the network in torch.compile's wrapper: the wrapper has no public class, and no public way in",
-    '._compiled_call_impl': "undoes Module.compile() in place: torch only sets it, and torch.compiler.set_stance, which can "
-                            "suspend it, costs every pruning the import of the compiler, 5 to 30 seconds",
+    '._compiled_call_impl': "undoes Module.compile() in place: torch only sets it, and torch.compiler.set_stance, "
+                            "which can suspend it, costs every pruning the import of the compiler, 5 to 30 seconds",
     '._conv_forward': "a convolution with another weight that pads as the layer does: F.conv2d knows zeros alone",
     '._broadcast': "fastai's DistributedDL sends the order of images by NCCL's way, and has no other place to say how",
-    'torch.ops.mkldnn._convolution_pointwise': "convolution and ReLU in one kernel: reachable by torch.compile alone, which "
-                                               "compiles anew after each pruning",
-    'torch._export.utils._is_cia_op': "keeps the kernels that integer patterns are written for: default_decompositions() "
-                                      "does not say which of its entries are composite",
+    'torch.ops.mkldnn._convolution_pointwise': "convolution and ReLU in one kernel: reachable by torch.compile alone, "
+                                               "which compiles anew after each pruning",
+    'torch._export.utils._is_cia_op': "keeps the kernels that integer patterns are written for: "
+                                      "default_decompositions() does not say which of its entries are composite",
     'torch._inductor.constant_folding.constant_fold': "integer weights are rounded once: only Inductor has it",
-    'torch._inductor.fx_passes.freezing_patterns.freezing_passes': "puts integer kernels into the graph: only Inductor has it",
-    'torch._inductor.compile_fx.compile_fx': "a program that can be called without guards: torch.compile gives guarded ones",
+    'torch._inductor.fx_passes.freezing_patterns.freezing_passes':
+        "puts integer kernels into the graph: only Inductor has it",
+    'torch._inductor.compile_fx.compile_fx':
+        "a program that can be called without guards: torch.compile gives guarded ones",
     'torch._inductor.config': "freezing has to hold for Dynamo too, which torch.compile(options=...) does not reach"}
 
 _loaders = 'import_module', 'find_spec', 'resolve_name'
@@ -68,7 +71,9 @@ def _members(tree):
 def _imported(node):
     "(name inside the module, full name) of what an import statement brings from other packages"
     if isinstance(node, ast.Import):
-        for o in node.names: yield o.asname or o.name.split('.')[0], o.name if o.asname else o.name.split('.')[0], o.name
+        for o in node.names:
+            first = o.name.split('.')[0]
+            yield (o.asname, o.name, o.name) if o.asname else (first, first, o.name)
     elif isinstance(node, ast.ImportFrom) and not node.level:
         for o in node.names: yield o.asname or o.name, f'{node.module}.{o.name}', f'{node.module}.{o.name}'
 
@@ -109,25 +114,33 @@ def overridden():
     found = {}
     for p in sorted((root/'adverfine').rglob('*.py')):
         if p.stem in ('__init__', '_modidx', 'all'): continue
-        module,own = import_module('.'.join(p.relative_to(root).with_suffix('').parts)),set(_members(ast.parse(p.read_text())))
+        module = import_module('.'.join(p.relative_to(root).with_suffix('').parts))
+        own = set(_members(ast.parse(p.read_text())))
         for cls in (o for o in vars(module).values() if isinstance(o, type) and o.__module__==module.__name__):
             for name in filter(_is_private, own & set(vars(cls))):
-                base = next((o for o in cls.__mro__[1:] if name in vars(o) and not o.__module__.startswith('adverfine')), None)
+                others = (o for o in cls.__mro__[1:] if not o.__module__.startswith('adverfine'))
+                base = next((o for o in others if name in vars(o)), None)
                 if not base: continue
-                found.setdefault(f'{base.__module__}.{base.__qualname__}.{name}', []).append(f'{p.name}: {cls.__name__}')
+                full = f'{base.__module__}.{base.__qualname__}.{name}'
+                found.setdefault(full, []).append(f'{p.name}: {cls.__name__}')
     return found
 
 def check(found, table):
-    new,gone = {k: v for k,v in found.items() if k not in table},sorted(set(table)-set(found))
-    assert not new, f'private parts that no table lists: {new}. Use public ones, or say in `private_parts` why there are none'
+    new = {k: v for k,v in found.items() if k not in table}
+    assert not new, (f'private parts that no table lists: {new}. '
+                     'Use public ones, or say in `private_parts` why there are none')
+    gone = sorted(set(table)-set(found))
     assert not gone, f'private parts that nothing uses any more: {gone}. Take them out of `private_parts`'
 
 def test_private_parts_are_those_of_the_table():
-    check(uses({'/'.join(p.relative_to(root).with_suffix('').parts): p.read_text() for p in (root/'adverfine').rglob('*.py')}) | overridden(), private_parts)
+    sources = {'/'.join(p.relative_to(root).with_suffix('').parts): p.read_text()
+               for p in (root/'adverfine').rglob('*.py')}
+    check(uses(sources) | overridden(), private_parts)
 
 seen = {
     'import torch._dynamo': 'torch._dynamo', 'import torch._dynamo as d': 'torch._dynamo',
-    'from torch import _dynamo': 'torch._dynamo', 'def f():\n    from fastai._nbdev import modules': 'fastai._nbdev.modules',
+    'from torch import _dynamo': 'torch._dynamo',
+    'def f():\n    from fastai._nbdev import modules': 'fastai._nbdev.modules',
     'import torch\ntorch._C._x(1)': 'torch._C._x', 'import torch as t\nt._C.y': 'torch._C.y',
     'from torch import nn\nnn.modules.conv._ConvNd': 'torch.nn.modules.conv._ConvNd',
     'import torch, torch.nn.functional as F\nF._pad(x)': 'torch.nn.functional._pad',
@@ -151,7 +164,8 @@ def test_a_new_private_part_is_seen(source):
     'class A:\n    _x = 1\n    def _y(self): self._z = self._x\n    def y(self): return self._y()+self._z',
     'from .models import _x\n_x(1)',
     'from adverfine import study\nstudy._x', '@patch\ndef _x(self:Learner): pass\ndef f(learn): learn._x()',
-    "class A:\n    def f(self): object.__setattr__(self, '_x', 1); return self._x", 'import torch\ntorch.nn.Linear.__init__',
+    "class A:\n    def f(self): object.__setattr__(self, '_x', 1); return self._x",
+    'import torch\ntorch.nn.Linear.__init__',
     'def f(_x): return _x.y', "for _,x in y: print('_x')", 'from torch import nn\nnn.init.zeros_(x)'])
 def test_own_and_public_parts_are_not_private_ones(source): assert uses(dict(room=source))=={}
 
@@ -163,7 +177,8 @@ def test_a_private_part_that_is_overridden_is_seen(monkeypatch):
 
 @pytest.mark.parametrize('name', [o for o in private_parts if not o.startswith('.')])
 def test_private_parts_are_there(name):
-    if name.startswith('torch.ops.mkldnn.') and not torch.backends.mkldnn.is_available(): pytest.skip('torch without oneDNN')
+    if name.startswith('torch.ops.mkldnn.') and not torch.backends.mkldnn.is_available():
+        pytest.skip('torch without oneDNN')
     resolve_name(name)
 
 @pytest.mark.parametrize('package', newest)

@@ -125,6 +125,6 @@ def test_a_wrapped_network_takes_pixels():
 def test_the_space_of_a_loader_and_of_one_around_it():
     dls = digits_dls(n_train=142, normalize=(.5,.25))
     for dl in (dls.train, dls, DistributedDL(dls.train, rank=0, world_size=2)):
-        [norm] = pixel_space(dl).norms
+        [norm] = pixel_space(dl).normalizations
         assert isinstance(norm, Normalize) and norm.mean.item()==.5 and norm.std.item()==.25
-    assert pixel_space(digits_dls(n_train=142)).norms==[]
+    assert pixel_space(digits_dls(n_train=142)).normalizations==[]

@@ -1,4 +1,4 @@
-"""Image sets in memory, split by a fixed seed and served in whole batches
+"""Image sets in memory as fastai DataLoaders: fixed splits, whole batches, checked labels
 
 Docs: https://adverfine.github.io/adverfine/data/images.html.md"""
 
@@ -18,7 +18,7 @@ from fastai.data.load import chunked
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device, TensorCategory, TensorImage
-import fastai.vision.data, fastai.vision.learner  # how to show image batches, results and top losses
+import fastai.vision.data, fastai.vision.learner  # noqa: F401 how to show image batches, results and top losses
 from ..threat import check_images
 
 # %% ../../nbs/data/00_images.ipynb #9140ddc5
@@ -28,20 +28,28 @@ class GreyImage(TensorImage):
 
 class ImageSet:
     "Images (N,C,H,W), as bytes or as floats in [0,1], with their labels (N,) and the names of the classes"
-    n_inp,loss_func = 1,CrossEntropyLossFlat()
+    n_inp = 1
+    loss_func = CrossEntropyLossFlat()
     def __init__(self, x, y, vocab, split_idx=None):
         x,y = torch.as_tensor(x),torch.as_tensor(y).long()
         if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
         if x.dtype!=torch.uint8 and len(x): check_images(x)
-        elif x.dim()!=4: raise ValueError(f"images must have the shape (N,C,H,W), not {tuple(x.shape)}: grey images need a channel axis, x[:,None]")
+        elif x.dim()!=4:
+            raise ValueError(f"images must have the shape (N,C,H,W), not {tuple(x.shape)}: "
+                             "grey images need a channel axis, x[:,None]")
         if len(y) and not 0<=y.min()<=y.max()<len(vocab):
-            raise ValueError(f"labels run from {y.min()} to {y.max()}, but {len(vocab)} classes need labels 0 to {len(vocab)-1}")
-        self.x,self.y,self.vocab,self.split_idx = x,y,CategoryMap(vocab, sort=False),split_idx
+            raise ValueError(f"labels run from {y.min()} to {y.max()}, "
+                             f"but {len(vocab)} classes need labels 0 to {len(vocab)-1}")
+        self.x,self.y = x,y
+        self.vocab = CategoryMap(vocab, sort=False)
+        self.split_idx = split_idx
 
     @property
     def c(self): return len(self.vocab)
     def __len__(self): return len(self.y)
-    def __getitem__(self, i): return (GreyImage if self.x.shape[1]==1 else TensorImage)(self.x[i]),TensorCategory(self.y[i])
+    def __getitem__(self, i):
+        image = GreyImage if self.x.shape[1]==1 else TensorImage
+        return image(self.x[i]),TensorCategory(self.y[i])
     @property
     def items(self): return [self[i] for i in range(len(self))]
     def new_empty(self): return ImageSet(self.x[:0], self.y[:0], self.vocab, self.split_idx)
@@ -52,37 +60,48 @@ class ImageSet:
 # %% ../../nbs/data/00_images.ipynb #9c2d478d
 class BatchDL(TfmdDL):
     "A `TfmdDL` that takes a whole batch out of an `ImageSet` with one index"
-    def __init__(self, dataset, bs=256, num_workers=0, **kwargs): super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
+    def __init__(self, dataset, bs=256, num_workers=0, **kwargs):
+        super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, self.drop_last): yield self.dataset[torch.tensor(idxs)]
 
 # %% ../../nbs/data/00_images.ipynb #e8dd415a
-def as_image(
-    item, # A tensor or array (C,H,W) of bytes or of floats in [0,1], a PIL image, or the path of an image file
-    shape:tuple, # What it must be, (C,H,W)
-) -> Tensor: # Floats in [0,1], (C,H,W)
-    "One image as pixels; a `ValueError` if it is of another shape, for nothing is resized or recoloured here"
-    if isinstance(item, (str, Path)): item = _opened(item)
-    if isinstance(item, Image.Image): item = _pil_array(item)
-    x = torch.as_tensor(item).detach().as_subclass(Tensor)
-    if x.dim()==2: raise ValueError(f"an image must be (C,H,W), and this one has the shape {tuple(x.shape)}: give a grey one a channel axis, x[None]")
-    if tuple(x.shape)!=tuple(shape): raise ValueError(f"an image of shape {tuple(x.shape)}, where the network's have {tuple(shape)} (C,H,W): resize, recolour or permute it first")
-    if x.dtype==torch.uint8: return x/255
-    if not x.is_floating_point(): raise ValueError(f"an image of {x.dtype}: bytes (uint8) or floats in [0,1] are needed")
-    check_images(x[None])
-    return x.float()
-
-def _opened(path):
+def _opened_image(path):
     try:
         with Image.open(path) as im: return im.copy()
-    except (UnidentifiedImageError, SyntaxError) as e: raise ValueError(f"{path} is no image that PIL can read ({e})") from e
+    except (UnidentifiedImageError, SyntaxError) as e:
+        raise ValueError(f"{path} is no image that PIL can read ({e})") from e
 
 def _pil_array(im):
     "(C,H,W) of what PIL shows: black and white is grey, a palette is colours"
     a = np.array(im.convert({'1': 'L', 'P': 'RGB'}.get(im.mode, im.mode)))
     return a[None] if a.ndim==2 else a.transpose(2, 0, 1)
 
+def as_image(
+    item, # A tensor or array (C,H,W) of bytes or of floats in [0,1], a PIL image, or the path of an image file
+    shape:tuple, # What it must be, (C,H,W)
+) -> Tensor: # Floats in [0,1], (C,H,W)
+    "One image as pixels; a `ValueError` if it is of another shape, for nothing is resized or recoloured here"
+    if isinstance(item, (str, Path)): item = _opened_image(item)
+    if isinstance(item, Image.Image): item = _pil_array(item)
+    x = torch.as_tensor(item).detach().as_subclass(Tensor)
+    if x.dim()==2:
+        raise ValueError(f"an image must be (C,H,W), and this one has the shape {tuple(x.shape)}: "
+                         "give a grey one a channel axis, x[None]")
+    if tuple(x.shape)!=tuple(shape):
+        raise ValueError(f"an image of shape {tuple(x.shape)}, where the network's have {tuple(shape)} (C,H,W): "
+                         "resize, recolour or permute it first")
+    if x.dtype==torch.uint8: return x/255
+    if not x.is_floating_point():
+        raise ValueError(f"an image of {x.dtype}: bytes (uint8) or floats in [0,1] are needed")
+    check_images(x[None])
+    return x.float()
+
 # %% ../../nbs/data/00_images.ipynb #5ef5aa80
+class _Unlabelled(ImageSet):
+    def __getitem__(self, i): return super().__getitem__(i)[:1]
+    def decode(self, item, full=True): return item
+
 class SplitDataLoaders(DataLoaders):
     "`DataLoaders` with a third member, `test`, for the last word only"
     @property
@@ -95,23 +114,32 @@ class SplitDataLoaders(DataLoaders):
         **kwargs
     ) -> TfmdDL:
         "A DataLoader over images of whatever kind, treated like the validation images"
-        shape,pairs = tuple(self.valid.dataset.x.shape[1:]),[o for o in test_items if isinstance(o, tuple)]
-        if 0<len(pairs)<len(test_items): raise ValueError(f"{len(pairs)} of {len(test_items)} items have a label: give one to all, or to none")
-        x = [as_image(o[0] if pairs else o, shape) for o in test_items]
-        y = [int(o[1]) for o in pairs] if pairs else [0]*len(x)
-        kind,tfms = ImageSet if pairs else _Unlabelled,[o for o in self.valid.after_batch.fs if not isinstance(o, IntToFloatTensor)]
-        return self.valid.new(kind(torch.stack(x), y, self.valid.dataset.vocab, split_idx=1), after_batch=tfms, **kwargs)
-
-class _Unlabelled(ImageSet):
-    def __getitem__(self, i): return super().__getitem__(i)[:1]
-    def decode(self, item, full=True): return item
+        known = self.valid.dataset
+        n_pairs = sum(isinstance(o, tuple) for o in test_items)
+        if 0<n_pairs<len(test_items):
+            raise ValueError(f"{n_pairs} of {len(test_items)} items have a label: give one to all, or to none")
+        images,labels = zip(*test_items) if n_pairs else (test_items, [0]*len(test_items))
+        x = torch.stack([as_image(o, known.x.shape[1:]) for o in images])
+        kind = ImageSet if n_pairs else _Unlabelled
+        tfms = [o for o in self.valid.after_batch.fs if not isinstance(o, IntToFloatTensor)]
+        return self.valid.new(kind(x, list(map(int, labels)), known.vocab, split_idx=1), after_batch=tfms, **kwargs)
 
 # %% ../../nbs/data/00_images.ipynb #9a6f5331
 def random_part(n, k, what, seed):
+    "`k` of the numbers below `n`, or all of them, in random order; a `ValueError` calls `k` by the name `what`"
     if k is None: k = n
     if not (isinstance(k, int) and 1<=k<=n): raise ValueError(f"{what}={k}: there are {n} images, so ask for 1 to {n}")
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
 
+def _batch_tfms(is_bytes, normalize, more):
+    "Transforms of whole batches: bytes to floats, then `Normalize` by (mean, std), then `more`"
+    tfms = [IntToFloatTensor()] if is_bytes else []
+    if normalize is not None:
+        mean,std = (list(o) if is_listy(o) else [o] for o in normalize)
+        tfms.append(Normalize.from_stats(mean, std))
+    return tfms + list(more or [])
+
+# %% ../../nbs/data/00_images.ipynb #037a7221
 def image_dls(
     train, # Training images and labels: (x, y), with x (N,C,H,W) as bytes or as floats in [0,1]
     test, # Test images and labels, likewise
@@ -126,16 +154,20 @@ def image_dls(
     device=None, # Default: fastai's
 ) -> SplitDataLoaders: # train, valid, test
     "DataLoaders over images in memory: valid is cut from train by a fixed seed, test stays apart"
-    if not 0<valid_pct<1: raise ValueError(f"valid_pct={valid_pct} must lie between 0 and 1: it is the share of the training images kept for validation")
+    if not 0<valid_pct<1:
+        raise ValueError(f"valid_pct={valid_pct} must lie between 0 and 1: "
+                         "it is the share of the training images kept for validation")
     if vocab is None: vocab = range(int(torch.as_tensor(train[1]).max())+1)
     full,last = (ImageSet(*o, vocab) for o in (train, test))
     idxs = random_part(len(full), n_train, 'n_train', seed)
     cut = max(1, round(len(idxs)*valid_pct))
-    if cut==len(idxs): raise ValueError(f"n_train={len(idxs)} leaves nothing to train on after validation: ask for more")
-    parts = [(full, idxs[cut:]), (full, idxs[:cut]), (last, random_part(len(last), n_test, 'n_test', seed).sort().values)]
-    tfms = [IntToFloatTensor()] if full.x.dtype==torch.uint8 else []
-    if normalize is not None: tfms.append(Normalize.from_stats(*([o] if not is_listy(o) else list(o) for o in normalize)))
-    tfms += list(batch_tfms or [])
-    dls = [BatchDL(ImageSet(s.x[i], s.y[i], s.vocab, split_idx=min(k,1)), bs=bs, shuffle=k==0, drop_last=k==0 and len(i)>=bs, after_batch=tfms)
-           for k,(s,i) in enumerate(parts)]
-    return SplitDataLoaders(*dls, device=device or default_device())
+    if cut==len(idxs):
+        raise ValueError(f"n_train={len(idxs)} leaves nothing to train on after validation: ask for more")
+    test_idxs = random_part(len(last), n_test, 'n_test', seed).sort().values
+    tfms = _batch_tfms(full.x.dtype==torch.uint8, normalize, batch_tfms)
+    def loader(ds, idxs, split_idx, **kwargs):
+        part = ImageSet(ds.x[idxs], ds.y[idxs], ds.vocab, split_idx=split_idx)
+        return BatchDL(part, bs=bs, after_batch=tfms, **kwargs)
+    return SplitDataLoaders(
+        loader(full, idxs[cut:], 0, shuffle=True, drop_last=len(idxs)-cut>=bs),
+        loader(full, idxs[:cut], 1), loader(last, test_idxs, 1), device=device or default_device())

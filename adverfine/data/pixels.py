@@ -1,4 +1,4 @@
-"""Images of any DataLoader as pixels in [0,1]
+"""Images of any fastai DataLoader as pixels in [0,1], and the batches that calibration and tracing look at
 
 Docs: https://adverfine.github.io/adverfine/data/pixels.html.md"""
 
@@ -19,7 +19,8 @@ from ..threat import pixel_space
 # %% ../../nbs/data/01_pixels.ipynb #383e6b28
 class PixelImage(TensorBase):
     "Pixels (N,C,H,W) in [0,1] that remember the `PixelSpace` of the DataLoader that they come from, as `space`"
-    def clone(self, **kwargs): return PixelImage(super().clone(**kwargs), space=getattr(self, 'space', None)) # fastai's forgets
+    def clone(self, **kwargs): # fastai's forgets
+        return PixelImage(super().clone(**kwargs), space=getattr(self, 'space', None))
 
 def pixels(
     dl, # A fastai DataLoader
@@ -28,7 +29,8 @@ def pixels(
     space = pixel_space(dl)
     xs,ys = zip(*((space.to_pixels(b[0]).cpu(), b[1].as_subclass(Tensor).cpu()) for b in dl))
     x = torch.cat(xs)
-    return PixelImage(x, space=space) if space.norms else x,torch.cat(ys)
+    if space.normalizations: x = PixelImage(x, space=space)
+    return x,torch.cat(ys)
 
 # %% ../../nbs/data/01_pixels.ipynb #c40b63cb
 def training_batches(
@@ -36,9 +38,11 @@ def training_batches(
     n:int=4, # How many
 ) -> list: # Of images (N,C,H,W) as the network wants them, and labels (N,), on its device
     "The first few training batches, shuffled by a fixed seed"
-    if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"{n} training batches are none to look at: ask for 1 or more")
-    dl,device = learn.dls.train.new(),next(learn.model.parameters()).device
+    if isinstance(n, bool) or not isinstance(n, int) or n<1:
+        raise ValueError(f"{n} training batches are none to look at: ask for 1 or more")
+    dl = learn.dls.train.new()
     dl.rng = random.Random(0)
+    device = next(learn.model.parameters()).device
     return [tuple(o.detach().as_subclass(Tensor).to(device) for o in b[:2]) for b in islice(dl, n)]
 
 # %% ../../nbs/data/01_pixels.ipynb #f6422347
@@ -50,6 +54,8 @@ def example_images(
     return x.detach().as_subclass(Tensor).to(next(learn.model.parameters()).device)
 
 # %% ../../nbs/data/01_pixels.ipynb #f2ed2b96
-def batch_space(learn):
-    "The pixel space of the batches in hand; where they come as a bare list, as in `show_results`, that of the Learner's DataLoaders"
+def batch_space(
+    learn:Learner,
+): # A `PixelSpace`
+    "The `PixelSpace` of the batch in hand; where batches come as a bare list, that of the Learner's DataLoaders"
     return pixel_space(learn.dl if hasattr(learn.dl, 'after_batch') else learn.dls)

@@ -1,4 +1,4 @@
-"""Digits, Fashion-MNIST and CIFAR-10 as DataLoaders
+"""Digits, Fashion-MNIST and CIFAR-10 as fastai DataLoaders
 
 Docs: https://adverfine.github.io/adverfine/data/sources.html.md"""
 
@@ -28,13 +28,16 @@ def digits_dls(
 ) -> SplitDataLoaders: # 1 channel, 8x8, 10 classes; 500 test images
     "scikit-learn's handwritten digits (Alpaydin and Kaynak, UCI 1998), embedded in the package scikit-learn"
     from sklearn.datasets import load_digits
-    x,y = load_digits(return_X_y=True)
-    x,y = torch.tensor(x/16, dtype=torch.float32).view(-1, 1, 8, 8),torch.tensor(y)
+    images,labels = load_digits(return_X_y=True)
+    x = torch.tensor(images/16, dtype=torch.float32).view(-1, 1, 8, 8)
+    y = torch.tensor(labels)
     idxs = random_part(len(x), None, 'n', 42)
     test,train = idxs[:500],idxs[500:]
     return image_dls((x[train], y[train]), (x[test], y[test]), bs=bs, **kwargs)
 
 # %% ../../nbs/data/02_sources.ipynb #f26a580e
+def _damaged(path, why): return f"{path} is damaged ({why}): delete it and fetch it again"
+
 def read_idx(
     path, # An idx file, gzipped if its name ends in .gz
 ) -> np.ndarray: # Bytes in the shape that the header gives
@@ -43,25 +46,43 @@ def read_idx(
     try: raw = gzip.decompress(path.read_bytes()) if path.suffix=='.gz' else path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise ValueError(_damaged(path, e)) from e
     if len(raw)<4 or raw[:3]!=b'\0\0\x08' or len(raw)<4+4*raw[3]: raise ValueError(_damaged(path, 'no idx header'))
-    shape = struct.unpack(f'>{raw[3]}I', raw[4:4+4*raw[3]])
-    data = np.frombuffer(raw, np.uint8, offset=4+4*raw[3])
-    if data.size!=np.prod(shape, dtype=np.int64): raise ValueError(_damaged(path, f'{data.size} bytes where {shape} were promised'))
+    n_axes = raw[3]
+    shape = struct.unpack(f'>{n_axes}I', raw[4:4+4*n_axes])
+    data = np.frombuffer(raw, np.uint8, offset=4+4*n_axes)
+    if data.size!=np.prod(shape, dtype=np.int64):
+        raise ValueError(_damaged(path, f'{data.size} bytes where {shape} were promised'))
     return data.reshape(shape).copy()
 
-def _damaged(path, why): return f"{path} is damaged ({why}): delete it and fetch it again"
-
 # %% ../../nbs/data/02_sources.ipynb #61f2044c
-def _missing(what, looked, how): return FileNotFoundError(f"{what} is not here. Looked in: {', '.join(map(str, looked))}. To get it, {how}")
+def _data_home(path):
+    "The folder that was given, or fastai's for data"
+    if path is not None: return Path(path).expanduser()
+    return Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data'
+
+def _missing(what, looked, how):
+    return FileNotFoundError(f"{what} is not here. Looked in: {', '.join(map(str, looked))}. To get it, {how}")
 
 def _download(name, home):
     from torchvision import datasets
     try: getattr(datasets, name)(home, download=True)
-    except (OSError, RuntimeError) as e: raise FileNotFoundError(f"torchvision could not download {name} to {home} ({e}): give a folder that has it as path") from e
-
-def _data_home(): return Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data'
+    except (OSError, RuntimeError) as e:
+        raise FileNotFoundError(f"torchvision could not download {name} to {home} ({e}): "
+                                "give a folder that has it as path") from e
 
 # %% ../../nbs/data/02_sources.ipynb #3ae3cd4e
 fashion_vocab = 'T-shirt trouser pullover dress coat sandal shirt sneaker bag boot'.split()
+
+def _idx_files(folder):
+    "(images, labels) of the training and of the test set in `folder`, gzipped or not; None unless all are there"
+    def file(name): return next((f for f in (folder/name, folder/f'{name}.gz') if f.exists()), None)
+    files = [(file(f'{o}-images-idx3-ubyte'), file(f'{o}-labels-idx1-ubyte')) for o in ('train', 't10k')]
+    return files if all(map(all, files)) else None
+
+def _read_axes(path, n):
+    "An idx file that has to have `n` axes"
+    a = read_idx(path)
+    if a.ndim!=n: raise ValueError(_damaged(path, f'{n} axes expected'))
+    return a
 
 @delegates(image_dls)
 def fashion_mnist_dls(
@@ -70,49 +91,50 @@ def fashion_mnist_dls(
     **kwargs
 ) -> SplitDataLoaders: # 1 channel, 28x28, 10 classes; 60,000 and 10,000 images
     "Fashion-MNIST, as bytes in memory"
-    home = Path(path).expanduser() if path is not None else _data_home()
-    places = [*([home] if path is not None else [Path('/usr/share/datasets/fashion-mnist')]), home/'FashionMNIST'/'raw']
-    def files(): return next(filter(None, map(_idx_files, places)), None)
-    if files() is None and download: _download('FashionMNIST', home)
-    if files() is None:
-        raise _missing('Fashion-MNIST', places, "run `apt-get install dataset-fashion-mnist`, give a folder with its four idx files as path, or allow download")
-    xs,ys = {},{}
-    for (part,kind),f in files().items():
-        (xs if kind=='images-idx3' else ys)[part] = read_idx(f)
-        want = 3 if kind=='images-idx3' else 1
-        if (xs if want==3 else ys)[part].ndim!=want: raise ValueError(_damaged(f, f'{want} axes expected'))
-    return image_dls(*((xs[o][:,None], ys[o]) for o in ('train', 't10k')), vocab=fashion_vocab, **kwargs)
-
-def _idx_files(folder):
-    "The four files in `folder`, gzipped or not; None unless all are there"
-    found = {(p,k): next((f for f in (folder/f'{p}-{k}-ubyte', folder/f'{p}-{k}-ubyte.gz') if f.exists()), None)
-             for p in ('train','t10k') for k in ('images-idx3','labels-idx1')}
-    return found if all(found.values()) else None
+    home = _data_home(path)
+    first = Path('/usr/share/datasets/fashion-mnist') if path is None else home
+    places = [first, home/'FashionMNIST'/'raw']
+    def find(): return next(filter(None, map(_idx_files, places)), None)
+    files = find()
+    if files is None and download:
+        _download('FashionMNIST', home)
+        files = find()
+    if files is None:
+        raise _missing('Fashion-MNIST', places, "run `apt-get install dataset-fashion-mnist`, "
+                       "give a folder with its four idx files as path, or allow download")
+    train,test = ((_read_axes(images, 3)[:,None], _read_axes(labels, 1)) for images,labels in files)
+    return image_dls(train, test, vocab=fashion_vocab, **kwargs)
 
 # %% ../../nbs/data/02_sources.ipynb #1ff4e143
-cifar_vocab = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-
 class _ArraysOnly(pickle.Unpickler):
     "Unpickle containers and numpy arrays; anything else that a file asks for is refused"
-    allowed = {(f'numpy.{core}.{mod}', name) for core in ('core','_core') for mod,name in (('multiarray','_reconstruct'), ('numeric','_frombuffer'))
-              } | {('numpy','ndarray'), ('numpy','dtype'), ('_codecs','encode')}
+    allowed = {
+        ('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
+        ('numpy.core.multiarray', '_reconstruct'), ('numpy._core.multiarray', '_reconstruct'),
+        ('numpy.core.numeric', '_frombuffer'), ('numpy._core.numeric', '_frombuffer')}
     def find_class(self, module, name):
         if (module,name) not in self.allowed: raise pickle.UnpicklingError(f'it asks for {module}.{name}')
         return super().find_class(module, name)
 
 def _cifar_batch(path):
+    "Images (N,3,32,32) and labels (N,) of one batch"
     try:
         with open(path, 'rb') as f: d = _ArraysOnly(f, encoding='latin1').load()
-        x,y = np.asarray(d['data'], dtype=np.uint8).reshape(-1, 3, 32, 32),np.asarray(d['labels'], dtype=np.int64)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError, ImportError) as e: raise ValueError(_damaged(path, e)) from e
+        x = np.asarray(d['data'], dtype=np.uint8).reshape(-1, 3, 32, 32)
+        y = np.asarray(d['labels'], dtype=np.int64)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError,
+            ImportError) as e: raise ValueError(_damaged(path, e)) from e
     if len(x)!=len(y): raise ValueError(_damaged(path, f'{len(x)} images but {len(y)} labels'))
     return x,y
 
 def _cifar_batches(folder):
-    parts = [[_cifar_batch(folder/o) for o in names] for names in ([f'data_batch_{i}' for i in range(1,6)], ['test_batch'])]
-    return [tuple(map(np.concatenate, zip(*o))) for o in parts]
+    "Training and test set, each images and labels"
+    images,labels = zip(*(_cifar_batch(folder/f'data_batch_{i}') for i in range(1, 6)))
+    return (np.concatenate(images), np.concatenate(labels)),_cifar_batch(folder/'test_batch')
 
 # %% ../../nbs/data/02_sources.ipynb #e292c32c
+cifar_vocab = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+
 def _read_image(path):
     try:
         with Image.open(path) as im: return np.asarray(im.convert('RGB')).transpose(2, 0, 1)
@@ -122,16 +144,30 @@ def _image_folder(folder, vocab):
     "Images and labels of `folder/<class>/*`, decoded by as many threads as there are cores"
     files = [(f,i) for i,c in enumerate(vocab) for f in sorted((folder/c).iterdir())]
     if not files: raise ValueError(f"{folder} holds no images: fetch it again")
+    paths,labels = zip(*files)
     with ThreadPoolExecutor(os.cpu_count()) as ex:
-        x = list(tqdm(ex.map(_read_image, (f for f,_ in files)), total=len(files), desc=f'Reading {folder.name}', delay=2, leave=False))
-    odd = next((f for (f,_),o in zip(files, x) if o.shape!=x[0].shape), None)
+        read = ex.map(_read_image, paths)
+        x = list(tqdm(read, total=len(files), desc=f'Reading {folder.name}', delay=2, leave=False))
+    odd = next((f for f,o in zip(paths, x) if o.shape!=x[0].shape), None)
     if odd: raise ValueError(_damaged(odd, f'it is not of the size {x[0].shape[1:]} of the others'))
-    return np.stack(x),np.array([i for _,i in files])
+    return np.stack(x),np.array(labels)
+
+def _cifar_in(home):
+    "CIFAR-10's training and test set in `home`, as image folders or else as batches; None if it is not there"
+    def first(folders, *names): return next((o for o in folders if all((o/n).exists() for n in names)), None)
+    folder = first([home, home/'cifar10'], 'train', 'test')
+    if folder:
+        lost = next((folder/o/c for o in ('train', 'test') for c in cifar_vocab if not (folder/o/c).is_dir()), None)
+        if lost: raise ValueError(f"{lost} is missing: the copy of CIFAR-10 is incomplete, fetch it again")
+        return [_image_folder(folder/o, cifar_vocab) for o in ('train', 'test')]
+    batches = first([home, home/'cifar-10-batches-py'], 'data_batch_1', 'test_batch')
+    return _cifar_batches(batches) if batches else None
 
 # %% ../../nbs/data/02_sources.ipynb #44ee0163
 class RandomCropFlip(Transform):
     "Shift each image by up to `pad` pixels, reflecting at the border, and mirror half of them; training only"
-    split_idx,order = 0,5
+    split_idx = 0
+    order = 5
     def __init__(self, pad=4, flip=True): self.pad,self.flip = pad,flip
     def encodes(self, x:TensorImage):
         n,c,h,w = x.shape
@@ -140,6 +176,7 @@ class RandomCropFlip(Transform):
         images,channels = (torch.arange(o, device=x.device) for o in (n, c))
         return x[images[:,None,None,None], channels[:,None,None], rows[:,None,:,None], cols[:,None,None,:]]
     def _shifted(self, n, size, device):
+        "Indices (n,size) of the pixels of a row, each row shifted by its own draw"
         i = torch.arange(size, device=device) + torch.randint(-self.pad, self.pad+1, (n,1), device=device)
         return (size-1) - ((size-1) - i.abs()).abs()
 
@@ -152,19 +189,17 @@ def cifar10_dls(
     **kwargs
 ) -> SplitDataLoaders: # 3 channels, 32x32, 10 classes; 50,000 and 10,000 images
     "CIFAR-10, as bytes in memory"
-    home = Path(path).expanduser() if path is not None else _data_home()
-    folders,batches = [home, home/'cifar10'],[home, home/'cifar-10-batches-py']
-    def find(places, *names): return next((o for o in places if all((o/n).exists() for n in names)), None)
-    def both(): return find(folders, 'train', 'test'),find(batches, 'data_batch_1', 'test_batch')
-    if both()==(None,None) and download: _download('CIFAR10', home)
-    folder,batch = both()
-    if folder:
-        lost = next((d/c for d in (folder/'train', folder/'test') for c in cifar_vocab if not (d/c).is_dir()), None)
-        if lost: raise ValueError(f"{lost} is missing: the copy of CIFAR-10 is incomplete, fetch it again")
-        train,test = (_image_folder(folder/o, cifar_vocab) for o in ('train', 'test'))
-    elif batch: train,test = _cifar_batches(batch)
-    else: raise _missing('CIFAR-10', [*folders, batches[1]], "run `fastai.data.external.untar_data(URLs.CIFAR)`, give its folder as path, or allow download")
-    tfms = [*([RandomCropFlip()] if augment else []), *(kwargs.pop('batch_tfms', None) or [])]
+    home = _data_home(path)
+    found = _cifar_in(home)
+    if found is None and download:
+        _download('CIFAR10', home)
+        found = _cifar_in(home)
+    if found is None:
+        raise _missing('CIFAR-10', [home, home/'cifar10', home/'cifar-10-batches-py'],
+                       "run `fastai.data.external.untar_data(URLs.CIFAR)`, give its folder as path, or allow download")
+    train,test = found
+    tfms = list(kwargs.pop('batch_tfms', None) or [])
+    if augment: tfms.insert(0, RandomCropFlip())
     return image_dls(train, test, vocab=cifar_vocab, batch_tfms=tfms, **kwargs)
 
 # %% ../../nbs/data/02_sources.ipynb #a4df8f87

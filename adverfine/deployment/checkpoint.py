@@ -44,7 +44,7 @@ def save_compressed(self:Learner,
     stats = lambda t: torch.as_tensor(t).flatten().tolist()
     weights = save({k: v.detach().clone(memory_format=torch.contiguous_format) for k,v in model.state_dict().items()})
     record = dict(format=1, version=__version__, factory=made_by(model, factory, kwargs), layers={n: describe(m) for n,m in described_layers(model).items()}, loose=loose_tensors(model),
-                  normalize=[dict(mean=stats(o.mean), std=stats(o.std)) for o in space.norms], input_shape=list(x.shape[1:]),
+                  normalize=[dict(mean=stats(o.mean), std=stats(o.std)) for o in space.normalizations], input_shape=list(x.shape[1:]),
                   vocab=[str(o) for o in vocab] if vocab is not None else None, report=report, weights=dict(sha256=_sha(weights), bytes=len(weights)))
     try: record = json.loads(json.dumps(record, allow_nan=False))
     except (TypeError, ValueError) as e: raise ValueError(f"report and arguments must be what JSON can hold ({e}): use finite numbers, strings, lists and dicts") from e

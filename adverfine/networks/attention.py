@@ -8,10 +8,30 @@ Docs: https://adverfine.github.io/adverfine/networks/attention.html.md"""
 __all__ = ['SelfAttention', 'opened', 'head_projections', 'set_heads']
 
 # %% ../../nbs/networks/03_attention.ipynb #b59b70bc
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .modes import evaluating
+
+# %% ../../nbs/networks/03_attention.ipynb #e8dd86d7
+def _mask(padding, mask, like):
+    "Both masks as one to be added to the scores of heads such as `like`, or None"
+    def floats(m):
+        if m.dtype!=torch.bool: return m.to(like.dtype)
+        return torch.zeros_like(m, dtype=like.dtype).masked_fill_(m, float('-inf'))
+    if mask is not None:
+        mask = floats(mask)
+        if mask.dim()==3 and like.dim()==4: mask = mask.unflatten(0, (-1, like.shape[-3])) # one for each image and head
+    if padding is None: return mask
+    padding = floats(padding)[...,None,None,:]
+    return padding if mask is None else padding+mask
+
+def _attend(q, k, v, mask, dropout, need_weights):
+    "What each head says, and the weights (...,heads,L,L) of its keys, or None unless they are needed"
+    if not need_weights: return F.scaled_dot_product_attention(q, k, v, mask, dropout),None
+    scores = q @ k.transpose(-1, -2) / q.shape[-1]**.5
+    weights = F.dropout((scores if mask is None else scores+mask).softmax(-1), dropout)
+    return weights @ v,weights
 
 # %% ../../nbs/networks/03_attention.ipynb #d7295d28
 class SelfAttention(nn.Module):
@@ -22,55 +42,54 @@ class SelfAttention(nn.Module):
         with torch.device('meta'): proj = nn.Linear(m.embed_dim, 3*m.embed_dim, bias=m.in_proj_bias is not None)
         proj.weight,proj.bias = m.in_proj_weight,m.in_proj_bias
         m.in_proj_weight = m.in_proj_bias = None
-        m.in_proj,m.out_proj.__class__,m.__class__ = proj.train(m.training),nn.Linear,cls
+        m.in_proj = proj.train(m.training)
+        m.out_proj.__class__ = nn.Linear
+        m.__class__ = cls
 
     def close(self):
         "Turn it back, as long as all is as it was"
         self.in_proj_weight,self.in_proj_bias = self.in_proj.weight,self.in_proj.bias
         del self.in_proj
         as_made = nn.MultiheadAttention(1, 1, device='meta')
-        self.out_proj.__class__,self.__class__ = type(as_made.out_proj),type(as_made)
+        self.out_proj.__class__ = type(as_made.out_proj)
+        self.__class__ = type(as_made)
 
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False):
         "As that of `nn.MultiheadAttention`; `query`, `key` and `value` are one tensor"
-        x = query if self.batch_first or query.dim()==2 else query.transpose(0, 1)
-        q,k,v = self.in_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).movedim(-3, 0).transpose(-2, -3).unbind(0)
-        mask,dropout = _mask(key_padding_mask, attn_mask, q),self.dropout if self.training else 0.
-        if need_weights:
-            scores = q @ k.transpose(-1, -2) / self.head_dim**.5
-            weights = F.dropout((scores if mask is None else scores+mask).softmax(-1), dropout)
-            out = weights @ v
-        else: out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        swap = query.dim()==3 and not self.batch_first
+        x = query.transpose(0, 1) if swap else query
+        heads = self.in_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q,k,v = heads.movedim(-3, 0).transpose(-2, -3).unbind(0)
+        mask = _mask(key_padding_mask, attn_mask, q)
+        out,weights = _attend(q, k, v, mask, self.dropout if self.training else 0., need_weights)
         out = self.out_proj(out.transpose(-2, -3).flatten(-2))
-        if not self.batch_first and query.dim()==3: out = out.transpose(0, 1)
-        return out,(weights.mean(-3) if average_attn_weights else weights) if need_weights else None
-
-def _mask(padding, mask, like):
-    "Both masks as one to be added to the scores, or None"
-    def floats(m): return m.to(like.dtype) if m.dtype!=torch.bool else torch.zeros_like(m, dtype=like.dtype).masked_fill_(m, float('-inf'))
-    both = [floats(padding)[...,None,None,:]] if padding is not None else []
-    if mask is not None: both.append(floats(mask) if mask.dim()==2 or like.dim()==3 else floats(mask).unflatten(0, (-1, like.shape[-3])))
-    return sum(both) if both else None
+        if swap: out = out.transpose(0, 1)
+        if need_weights and average_attn_weights: weights = weights.mean(-3)
+        return out,weights
 
 # %% ../../nbs/networks/03_attention.ipynb #d7ca4d94
+def _that_can_be_opened(model, x):
+    "The `nn.MultiheadAttention`s of `model` that attend to their own input whenever they are called for the batch `x`"
+    to_itself = {}
+    def note(m, args, kwargs):
+        given = dict(zip(('query', 'key', 'value'), args)) | kwargs
+        to_itself[m] = to_itself.get(m, True) and given['query'] is given['key'] is given['value']
+    plain = [m for m in model.modules() if type(m) is nn.MultiheadAttention
+             and m.in_proj_weight is not None and m.bias_k is None and not m.add_zero_attn]
+    if not plain: return []
+    with ExitStack() as hooks:
+        for m in plain: hooks.enter_context(m.register_forward_pre_hook(note, with_kwargs=True))
+        with evaluating(model), torch.no_grad(): model(x)
+    return [m for m,alone in to_itself.items() if alone]
+
 @contextmanager
 def opened(
     model:nn.Module, # A network
     x:Tensor, # A batch as it wants it
 ):
-    "Every `nn.MultiheadAttention` that attends to its own input becomes a `SelfAttention`, for good; after an error all is as before"
-    found,others = [],set()
-    def note(m, args, kwargs):
-        q,k,v = (args[i] if i<len(args) else kwargs[o] for i,o in enumerate(('query', 'key', 'value')))
-        (found.append if q is k is v else others.add)(m)
-    plain = [m for m in model.modules() if type(m) is nn.MultiheadAttention and m.in_proj_weight is not None and m.bias_k is None and not m.add_zero_attn]
-    if plain:
-        hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in plain]
-        try:
-            with evaluating(model), torch.no_grad(): model(x)
-        finally:
-            for h in hooks: h.remove()
-    found = [m for m in dict.fromkeys(found) if m not in others]
+    "Every `nn.MultiheadAttention` that attends to its own input becomes a `SelfAttention`, undone after an error"
+    found = _that_can_be_opened(model, x)
     for m in found: SelfAttention.open(m)
     try: yield model
     except BaseException:
@@ -80,13 +99,17 @@ def opened(
 # %% ../../nbs/networks/03_attention.ipynb #836773b5
 def head_projections(
     m:nn.Module, # Any module
-) -> tuple|None: # The layer that makes queries, keys and values of all heads, and the one that reads the heads; None where heads cannot be cut, or have further parameters
+) -> tuple|None: # The layer of queries, keys and values, and the one that reads the heads; None if none can be cut
     "The projections of a `SelfAttention`, or of timm's `Attention`"
+    if not isinstance(m, SelfAttention) and not hasattr(m, 'attn_dim'): return None
+    if not all(isinstance(getattr(m, o, None), int) for o in ('num_heads', 'head_dim')): return None
+    width = m.num_heads*m.head_dim
     for names in ('in_proj', 'out_proj'), ('qkv', 'proj'):
-        pair = [getattr(m, o, None) for o in names]
-        if not all(isinstance(o, nn.Linear) for o in pair) or not all(isinstance(getattr(m, o, None), int) for o in ('num_heads', 'head_dim')): continue
-        width,alone = m.num_heads*m.head_dim,all(n.split('.')[0] in (*names, 'q_norm', 'k_norm') for n,_ in m.named_parameters())
-        if (isinstance(m, SelfAttention) or hasattr(m, 'attn_dim')) and alone and pair[0].out_features==3*width and pair[1].in_features==width: return tuple(pair)
+        proj,out = (getattr(m, o, None) for o in names)
+        if not isinstance(proj, nn.Linear) or not isinstance(out, nn.Linear): continue
+        alone = all(n.split('.')[0] in (*names, 'q_norm', 'k_norm') for n,_ in m.named_parameters())
+        if alone and proj.out_features==3*width and out.in_features==width: return proj,out
+    return None
 
 def set_heads(
     m:nn.Module, # An attention with `head_projections`

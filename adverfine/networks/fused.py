@@ -1,4 +1,4 @@
-"""The same network with fused layers, for gradients of its input alone
+"""Fuse convolutions with the BatchNorm and ReLU behind them, for faster gradients of the input
 
 Docs: https://adverfine.github.io/adverfine/networks/fused.html.md"""
 
@@ -20,7 +20,8 @@ class _ConvReLU(torch.autograd.Function):
     "Convolution and ReLU in one, differentiable for the input alone"
     @staticmethod
     def forward(ctx, x, w, b, stride, padding, dilation, groups, relu):
-        out = torch.ops.mkldnn._convolution_pointwise(x, w, b, padding, stride, dilation, groups, 'relu' if relu else 'none', [], '')
+        after = 'relu' if relu else 'none'
+        out = torch.ops.mkldnn._convolution_pointwise(x, w, b, padding, stride, dilation, groups, after, [], '')
         ctx.save_for_backward(x, w, *([out] if relu else []))
         ctx.args = stride,padding,dilation,groups
         return out
@@ -31,52 +32,76 @@ class _ConvReLU(torch.autograd.Function):
         stride,padding,dilation,groups = ctx.args
         grad = grad.contiguous(memory_format=torch.channels_last)
         if out: grad = torch.ops.aten.threshold_backward(grad, out[0], 0)
-        grad = torch.ops.aten.convolution_backward(grad, x, w, None, stride, padding, dilation, False, [0]*len(stride), groups, [True, False, False])[0]
-        return grad,*[None]*7
+        of_input_alone = [True, False, False]
+        grad = torch.ops.aten.convolution_backward(
+            grad, x, w, None, stride, padding, dilation, False, [0]*len(stride), groups, of_input_alone)[0]
+        return grad,None,None,None,None,None,None,None
 
 # %% ../../nbs/networks/07_fused.ipynb #db3ecf2e
 class _Fused(nn.Module):
     "A convolution with the BatchNorm and the ReLU that follow it"
-    def __init__(self, conv, norm, relu): super().__init__(); self.conv,self.norm,self.relu = conv,norm,relu
+    def __init__(self, conv, norm, relu):
+        super().__init__()
+        self.conv,self.norm,self.relu = conv,norm,relu
 
     @torch.no_grad()
     def prepare(self, dtype):
-        w,b = self.conv.weight,self.conv.bias
-        if self.norm is not None: w,b = fuse_conv_bn_weights(w, b, self.norm.running_mean, self.norm.running_var, self.norm.eps, self.norm.weight, self.norm.bias)
-        self.w,self.b = w.detach().to(dtype, memory_format=torch.channels_last),None if b is None else b.detach().to(dtype)
+        w,b,n = self.conv.weight,self.conv.bias,self.norm
+        if n is not None: w,b = fuse_conv_bn_weights(w, b, n.running_mean, n.running_var, n.eps, n.weight, n.bias)
+        self.w = w.detach().to(dtype, memory_format=torch.channels_last)
+        self.b = None if b is None else b.detach().to(dtype)
 
     def forward(self, x):
-        c = self.conv
-        return _ConvReLU.apply(x.to(self.w.dtype, memory_format=torch.channels_last), self.w, self.b, c.stride, c.padding, c.dilation, c.groups, self.relu)
+        x,c = x.to(self.w.dtype, memory_format=torch.channels_last),self.conv
+        return _ConvReLU.apply(x, self.w, self.b, c.stride, c.padding, c.dilation, c.groups, self.relu)
 
 # %% ../../nbs/networks/07_fused.ipynb #91fcb8d6
-class _Tracer(fx.Tracer):
+class _LeafTracer(fx.Tracer):
+    "Traces into every module that has others inside, PyTorch's own such as `nn.Sequential` and torchvision's alike"
     def is_leaf_module(self, m, name): return not any(m.children()) or super().is_leaf_module(m, name)
 
 def _fusable(m): return type(m) is nn.Conv2d and m.padding_mode=='zeros' and not isinstance(m.padding, str)
-def _is_relu(node, modules): return node.op=='call_module' and type(modules[node.target]) is nn.ReLU or node.op=='call_function' and node.target in (F.relu, torch.relu)
-def _only_user(node): return next(iter(node.users)) if len(node.users)==1 else None
 
+def _chain(node, modules):
+    "The BatchNorm (or None) behind the convolution at `node`, whether a ReLU follows, and the last node of the three"
+    def only_reader(): return next(iter(last.users)) if len(last.users)==1 else None
+    def called(node): return modules[node.target] if node is not None and node.op=='call_module' else None
+    last,norm,relu = node,None,False
+    after = only_reader()
+    if type(called(after)) is nn.BatchNorm2d and called(after).track_running_stats:
+        norm = called(after)
+        last = after
+        after = only_reader()
+    if after is not None and after.op=='call_function': relu = after.target in (F.relu, torch.relu)
+    else: relu = type(called(after)) is nn.ReLU
+    return norm,relu,after if relu else last
+
+# %% ../../nbs/networks/07_fused.ipynb #a78b5dc4
 class CraftingNetwork(nn.Module):
-    "The same function as `network` in eval mode, made for gradients of its input: call `prepare`, with `bf16=True` for bfloat16, whenever its weights have changed"
-    def __init__(self, network, graph):
+    "The same function as `network` in eval mode, for gradients of its input; `prepare` it after each change of weights"
+    def __init__(self,
+        network:nn.Module, # The network, whose parameters are shared
+        graph:fx.Graph, # What `torch.fx` has traced in it; it is changed
+    ):
         super().__init__()
         self.network = fx.GraphModule(network, graph)
-        modules,number = dict(self.network.named_modules()),0
+        self.fused = []
+        modules = dict(self.network.named_modules())
         for node in list(graph.nodes):
             if node.op!='call_module' or not _fusable(modules[node.target]): continue
-            last,norm,relu = node,None,False
-            if (after := _only_user(last)) and after.op=='call_module' and type(modules[after.target]) is nn.BatchNorm2d and modules[after.target].track_running_stats: last,norm = after,modules[after.target]
-            if (after := _only_user(last)) and _is_relu(after, modules): last,relu = after,True
-            name = f'fused{number}'; number += 1
-            self.network.add_submodule(name, _Fused(modules[node.target], norm, relu))
+            norm,relu,last = _chain(node, modules)
+            self.fused.append(_Fused(modules[node.target], norm, relu))
+            name = f'fused{len(self.fused)-1}'
+            self.network.add_submodule(name, self.fused[-1])
             with graph.inserting_after(last): new = graph.call_module(name, node.args)
             last.replace_all_uses_with(new)
         graph.eliminate_dead_code()
         self.network.recompile()
-        self.fused = [m for m in self.network.modules() if isinstance(m, _Fused)]
 
-    def prepare(self, bf16=False):
+    def prepare(self,
+        bf16:bool=False, # For passes in bfloat16?
+    ):
+        "Take over the weights as they are now"
         self.bf16 = bf16
         for m in self.fused: m.prepare(torch.bfloat16 if bf16 else torch.float32)
         return self
@@ -114,12 +139,13 @@ def crafting_network(
     "A faster network to craft on, which shares the weights of `model`; warns if `model` cannot be traced"
     if not _can_fuse(model, x): return None
     network = bare(model)
+    as_it_is = f"{type(network).__name__} is crafted on as it is, since "
     with evaluating(network):
-        try: graph = _Tracer().trace(network)
+        try: graph = _LeafTracer().trace(network)
         except Exception as e: # a forward may do anything to the symbols that are put through it
-            return warnings.warn(f"{type(network).__name__} is crafted on as it is, since torch.fx cannot trace it "
-                                 f"({type(e).__name__}: {' '.join(str(e).split()[:12])})")
+            why = ' '.join(str(e).split()[:12])
+            return warnings.warn(f"{as_it_is}torch.fx cannot trace it ({type(e).__name__}: {why})")
         fast = CraftingNetwork(network, graph).prepare().eval()
         if not torch.allclose(fast(x), _own_forward(network)(x), rtol=1e-3, atol=1e-4):
-            return warnings.warn(f"{type(network).__name__} is crafted on as it is, since its fused layers compute something else")
+            return warnings.warn(f"{as_it_is}its fused layers compute something else")
         return fast if not bf16 or _has_kernels(fast, x) else None

@@ -21,25 +21,28 @@ class LayerKind:
     batch_norm:bool=False  # Is it a BatchNorm?
 
 def _conv(m): return dict(weight=(m.out_channels, m.in_channels//m.groups, *m.kernel_size), bias=(m.out_channels,))
-def _transposed(m): return dict(weight=(m.in_channels, m.out_channels//m.groups, *m.kernel_size), bias=(m.out_channels,))
+def _transposed(m):
+    return dict(weight=(m.in_channels, m.out_channels//m.groups, *m.kernel_size), bias=(m.out_channels,))
 def _linear(m): return dict(weight=(m.out_features, m.in_features), bias=(m.out_features,))
+def _layer_norm(m): return dict.fromkeys(('weight', 'bias'), tuple(m.normalized_shape))
 
 def _per_channel(size):
-    "One value for each channel in all tensors that such a layer may have"
-    return lambda m: dict.fromkeys(('weight', 'bias', 'running_mean', 'running_var'), (getattr(m, size),))
-
-def _layer_norm(m): return dict.fromkeys(('weight', 'bias'), tuple(m.normalized_shape))
+    "The `LayerKind.shapes` of a layer whose tensors, such as it has, hold one value for each of `size` channels"
+    def shapes(m): return dict.fromkeys(('weight', 'bias', 'running_mean', 'running_var'), (getattr(m, size),))
+    return shapes
 
 # %% ../../nbs/networks/02_layers.ipynb #f3f76eb1
 _sizes_of_conv = 'in_channels', 'out_channels', 'groups'
 
 layer_kinds = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), LayerKind(_sizes_of_conv, _conv, multiplies=True)),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), LayerKind(_sizes_of_conv, _transposed, multiplies=True)),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+                    LayerKind(_sizes_of_conv, _transposed, multiplies=True)),
     nn.Linear: LayerKind(('in_features', 'out_features'), _linear, multiplies=True),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
                     LayerKind(('num_features',), _per_channel('num_features'), batch_norm=True)),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), LayerKind(('num_features',), _per_channel('num_features'))),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+                    LayerKind(('num_features',), _per_channel('num_features'))),
     nn.LayerNorm: LayerKind(('normalized_shape',), _layer_norm),
     nn.GroupNorm: LayerKind(('num_channels',), _per_channel('num_channels')),
     nn.PReLU: LayerKind(('num_parameters',), _per_channel('num_parameters'))}

@@ -1,4 +1,4 @@
-"""Look at a network, or attack it, without leaving a trace in it
+"""Put a network in eval mode, freeze its weights or take it out of its wrapper, without leaving a trace
 
 Docs: https://adverfine.github.io/adverfine/networks/modes.html.md"""
 
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 def evaluating(
     model, # A module; any other callable has no flags and is left alone
 ):
-    "The network in eval mode and without DDP's synchronisation, and every module's own flag restored at the end, also after an error"
+    "The network in eval mode and without DDP's synchronisation; every module's own flag is restored at the end"
     flags = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     wrappers = [m for m,_ in flags if isinstance(m, DistributedDataParallel) and 'forward' not in vars(m)]
     try:
@@ -28,6 +28,7 @@ def evaluating(
         for m in wrappers: del m.forward
         for m,flag in flags: m.training = flag
 
+# %% ../../nbs/networks/01_modes.ipynb #3e2586ee
 @contextmanager
 def frozen(
     model, # A module; any other callable is left alone

@@ -1,4 +1,4 @@
-"""An optimizer follows a network whose parameters are replaced
+"""Keep an optimizer and its state when a network's parameters are replaced or added to
 
 Docs: https://adverfine.github.io/adverfine/networks/optimizers.html.md"""
 
@@ -19,11 +19,17 @@ def adopt(
 ):
     "Make `opt` train the parameters that have taken the place of others, or were added beside them"
     if opt is None: return
-    keep = lambda old, key, t: t if t.shape==heirs[old].shape else None
     added = added or {}
-    opt.param_lists = type(opt.param_lists)([type(ps)(q for p in ps for q in (heirs.get(p, p), *added.get(p, ()))) for ps in opt.param_lists])
-    for states in {id(o): o for o in (opt.state, getattr(opt, 'opt', opt).state)}.values():
+    def keep(old, key, t): return t if t.shape==heirs[old].shape else None
+    def with_heirs(params): return type(params)(q for p in params for q in (heirs.get(p, p), *added.get(p, ())))
+    opt.param_lists = type(opt.param_lists)([with_heirs(ps) for ps in opt.param_lists])
+    own,inner = opt.state,getattr(opt, 'opt', opt).state
+    for states in [own] if inner is own else [own, inner]:
         for old in [o for o in states if o in heirs]:
-            new = {k: (state or keep)(old, k, v) if isinstance(v, Tensor) and v.shape==old.shape else v for k,v in states.pop(old).items()}
-            states[heirs[old]] = {k: v for k,v in new.items() if v is not None}
-        for new in [q for qs in added.values() for q in qs]: states.setdefault(new, {})   # a loaded optimizer makes none by itself
+            states[heirs[old]] = _inherited(old, states.pop(old), state or keep)
+        for new in (q for qs in added.values() for q in qs): states.setdefault(new, {}) # a loaded optimizer makes none
+
+def _inherited(old, had, follow):
+    "What the heir of `old` gets of the state that it had; None, from `follow`, is left out"
+    got = {k: follow(old, k, v) if isinstance(v, Tensor) and v.shape==old.shape else v for k,v in had.items()}
+    return {k: v for k,v in got.items() if v is not None}

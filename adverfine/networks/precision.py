@@ -1,4 +1,4 @@
-"""bfloat16: where it is fast, and how a network runs in it
+"""Run a network in bfloat16: where it is fast, and without rounding its logits
 
 Docs: https://adverfine.github.io/adverfine/networks/precision.html.md"""
 
@@ -9,7 +9,7 @@ __all__ = ['bf16_is_fast', 'logit_layer', 'bf16_inside', 'Lent', 'InBF16', 'in_b
 
 # %% ../../nbs/networks/06_precision.ipynb #a47c1bdf
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack
 import torch
 from torch import nn, Tensor
 from .modes import bare
@@ -30,10 +30,11 @@ def logit_layer(
     "The linear layer whose output is the output of `model`"
     if not isinstance(model, nn.Module): return None
     made = {}
-    hooks = [m.register_forward_hook(lambda m, i, out: made.update({m: out})) for m in model.modules() if isinstance(m, nn.Linear)]
-    try: out = model(x)
-    finally:
-        for h in hooks: h.remove()
+    def note(m, args, out): made[m] = out
+    with ExitStack() as hooks:
+        for m in model.modules():
+            if isinstance(m, nn.Linear): hooks.enter_context(m.register_forward_hook(note))
+        out = model(x)
     return next((m for m,o in made.items() if o is out), None)
 
 # %% ../../nbs/networks/06_precision.ipynb #9840ceaa
@@ -45,17 +46,18 @@ def bf16_inside(
     "Run in bfloat16 and channels_last, all but the layer that makes the logits"
     weights = [(p, p.data) for p in model.parameters() if p.dim()==4] if isinstance(model, nn.Module) else []
     device = next((p.device.type for p,_ in weights), 'cpu')
-    def forward(x):
+    def in_float32(x):
         with torch.autocast(device, enabled=False): return type(last).forward(last, x.float())
-    hooks = [model.register_forward_pre_hook(lambda m, args: (args[0].to(memory_format=torch.channels_last), *args[1:]))] if weights else []
-    try:
-        for p,w in weights: p.data = w.to(memory_format=torch.channels_last)
-        if last is not None: last.forward = forward
-        with torch.autocast(device, torch.bfloat16): yield model
-    finally:
-        for h in hooks: h.remove()
-        for p,w in weights: p.data = w
-        if last is not None: del last.forward
+    def channels_last(m, args): return args[0].to(memory_format=torch.channels_last),*args[1:]
+    with ExitStack() as hooks:
+        if weights: hooks.enter_context(model.register_forward_pre_hook(channels_last))
+        try:
+            for p,w in weights: p.data = w.to(memory_format=torch.channels_last)
+            if last is not None: last.forward = in_float32
+            with torch.autocast(device, torch.bfloat16): yield model
+        finally:
+            for p,w in weights: p.data = w
+            if last is not None: del last.forward
 
 # %% ../../nbs/networks/06_precision.ipynb #ec9ca666
 class Lent:

@@ -1,4 +1,4 @@
-"""Two small networks for the reference study, which remember how they were made
+"""Two small networks, a CNN and CIFAR-10's ResNet-18, which remember how they were made
 
 Docs: https://adverfine.github.io/adverfine/networks/zoo.html.md"""
 
@@ -12,28 +12,30 @@ from functools import wraps
 from inspect import signature
 from torch import nn
 
-# %% ../../nbs/networks/00_zoo.ipynb #45cfd986
+# %% ../../nbs/networks/00_zoo.ipynb #b6e156f9
 def _remembered(factory):
     "`factory`, whose networks say in `made_by` how they were made"
     @wraps(factory)
     def make(*args, **kwargs):
-        model,call = factory(*args, **kwargs),signature(factory).bind(*args, **kwargs)
+        model = factory(*args, **kwargs)
+        call = signature(factory).bind(*args, **kwargs)
         call.apply_defaults()
         model.made_by = dict(factory=f'adverfine.networks.zoo.{factory.__name__}', kwargs=dict(call.arguments))
         return model
     return make
 
+# %% ../../nbs/networks/00_zoo.ipynb #45cfd986
 @_remembered
 def cnn8(
     in_channels:int=1, # Channels of the images
     size:int=28, # Height and width of the images
     n_out:int=10, # Number of classes
 ) -> nn.Sequential: # (N, in_channels, size, size) to logits (N, n_out)
-    "The 8-layer CNN of [arXiv 2403.09441](https://arxiv.org/abs/2403.09441): convolutions 32,32,64,64,128,128, every second with stride 2, then two linear layers"
+    "The 8-layer CNN of [arXiv 2403.09441](https://arxiv.org/abs/2403.09441), 32 to 128 channels wide"
     widths = [in_channels, 32, 32, 64, 64, 128, 128]
     convs = [nn.Conv2d(i, o, 3, stride=1+k%2, padding=1) for k,(i,o) in enumerate(zip(widths, widths[1:]))]
     body = [o for c in convs for o in (c, nn.ReLU())]
-    side = -(-size//8)
+    side = -(-size//8) # rounded up, as each stride does
     model = nn.Sequential(*body, nn.Flatten(), nn.Linear(128*side**2, 128), nn.ReLU(), nn.Linear(128, n_out))
     for m in model:
         if isinstance(m, (nn.Conv2d, nn.Linear)):
@@ -41,6 +43,7 @@ def cnn8(
             nn.init.zeros_(m.bias)
     return model
 
+# %% ../../nbs/networks/00_zoo.ipynb #366345e6
 @_remembered
 def resnet18_cifar(
     n_out:int=10, # Number of classes
@@ -48,6 +51,7 @@ def resnet18_cifar(
     "torchvision's ResNet-18 with the stem for small images: one 3x3 convolution, no max pooling"
     from torchvision.models import resnet18
     model = resnet18(num_classes=n_out)
-    model.conv1,model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False),nn.Identity()
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
     nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     return model

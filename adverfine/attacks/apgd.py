@@ -10,6 +10,7 @@ __all__ = ['APGD']
 # %% ../../nbs/attacks/06_apgd.ipynb #b878172d
 from dataclasses import dataclass
 import torch
+from fastcore.basics import patch
 from .attack import Attack, check_counts, cross_entropy, value_and_grad
 from .losses import dlr, margin, targeted_dlr
 from .scoring import Standing, in_turn, ranked_classes
@@ -29,7 +30,8 @@ class _Climb(Standing):
 
     def look(self, x_adv):
         "The loss of each image; its gradient is kept, and what is fooled is noted"
-        out,each,self.grad = value_and_grad(self.model, x_adv, self.y, lambda out, y: self.loss(out, y, self.target))
+        def loss(out, y): return self.loss(out, y, self.target)
+        out,each,self.grad = value_and_grad(self.model, x_adv, self.y, loss)
         self.fell(x_adv, out.argmax(1)!=self.y)
         return each
 
@@ -47,14 +49,16 @@ class _Climb(Standing):
         self.best_grad = torch.where(better, self.grad, self.best_grad)
         self.best_loss = torch.maximum(loss, self.best_loss)
 
-    def check(self, enough):
-        "Halve the steps of images whose loss rose at most `enough` times, or stood still; they go back to their best"
-        self.halved = (self.rises<=enough) | (~self.halved & (self.best_loss<=self.checked))
-        back = self.halved.view(-1, 1, 1, 1)
-        self.step = torch.where(back, self.step/2, self.step)
-        self.adv = torch.where(back, self.best, self.adv)
-        self.grad = torch.where(back, self.best_grad, self.grad)
-        self.checked,self.rises = self.best_loss,torch.zeros_like(self.rises)
+# %% ../../nbs/attacks/06_apgd.ipynb #7e580df5
+@patch
+def check(self:_Climb, enough):
+    "Halve the steps of images whose loss rose at most `enough` times, or stood still; they go back to their best"
+    self.halved = (self.rises<=enough) | (~self.halved & (self.best_loss<=self.checked))
+    back = self.halved.view(-1, 1, 1, 1)
+    self.step = torch.where(back, self.step/2, self.step)
+    self.adv = torch.where(back, self.best, self.adv)
+    self.grad = torch.where(back, self.best_grad, self.grad)
+    self.checked,self.rises = self.best_loss,torch.zeros_like(self.rises)
 
 # %% ../../nbs/attacks/06_apgd.ipynb #d491e513
 _losses = dict(ce=lambda out, y, _: cross_entropy(out, y), dlr=lambda out, y, _: dlr(out, y),
@@ -89,24 +93,26 @@ class APGD(Attack):
         def run_towards(target): return lambda i: self._run(model, x[i], y[i], target[i], generator)
         return in_turn(map(run_towards, classes.repeat(self.restarts, 1)), model, x, y)
 
-    def _run(self, model, x, y, target, generator):
-        start = self.threat.project(x + self.eps*self.direction(x, generator), x)
-        climb = _Climb(self, targeted_dlr if self.targets else _losses[self.loss], model, x, y, target, start)
-        window = until_check = self._share_of_steps(.22)
-        for k in range(self.steps):
-            if not climb.compact(): break
-            climb.move(momentum=k>0)
-            until_check -= 1
-            if until_check: continue
-            climb.check(self.rho*window)
-            window = until_check = max(window-self._share_of_steps(.03), self._share_of_steps(.06))
-        return climb.finish(climb.best)
+# %% ../../nbs/attacks/06_apgd.ipynb #5c0aa3ff
+@patch
+def direction(self:APGD, x, generator):
+    "A random direction of length 1 in the norm"
+    kw = dict(generator=generator, device=x.device)
+    if self.norm=='l2': return self.threat.steepest(torch.randn(x.shape, **kw))
+    d = torch.rand(x.shape, **kw)*2-1
+    return d/d.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
 
-    def _share_of_steps(self, p): return max(int(p*self.steps), 1)
-
-    def direction(self, x, generator):
-        "A random direction of length 1 in the norm"
-        kw = dict(generator=generator, device=x.device)
-        if self.norm=='l2': return self.threat.steepest(torch.randn(x.shape, **kw))
-        d = torch.rand(x.shape, **kw)*2-1
-        return d/d.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
+@patch
+def _run(self:APGD, model, x, y, target, generator):
+    start = self.threat.project(x + self.eps*self.direction(x, generator), x)
+    climb = _Climb(self, targeted_dlr if self.targets else _losses[self.loss], model, x, y, target, start)
+    first,shorter,last = (max(int(p*self.steps), 1) for p in (.22, .03, .06))
+    window = until_check = first
+    for k in range(self.steps):
+        if not climb.compact(): break
+        climb.move(momentum=k>0)
+        until_check -= 1
+        if until_check: continue
+        climb.check(self.rho*window)
+        window = until_check = max(window-shorter, last)
+    return climb.finish(climb.best)

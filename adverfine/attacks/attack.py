@@ -27,6 +27,7 @@ def _check_labels(attack, x, y):
     if len(y)!=len(x) or not (probabilities or whole):
         raise ValueError(f"labels must be {len(x)} whole numbers, not {y.dtype} of shape {tuple(y.shape)}")
 
+# %% ../../nbs/attacks/00_attack.ipynb #6a0372e2
 @dataclass(frozen=True)
 class Attack:
     "Base of all attacks: says what the adversary may do, checks what goes in and leaves the model as it was"

@@ -23,7 +23,8 @@ _versions = dict(
 
 @dataclass(frozen=True)
 class AutoAttack(Attack):
-    "APGD-CE, APGD-T, FAB-T and Square, each for what still stands; [arXiv 2003.01690](https://arxiv.org/abs/2003.01690)"
+    """APGD-CE, APGD-T, FAB-T and Square, each for what still stands;
+    [arXiv 2003.01690](https://arxiv.org/abs/2003.01690)"""
     version:str = 'standard'   # 'standard': as published; 'fast': APGD-CE with 40 steps, then Square with 500 queries
 
     def __post_init__(self):

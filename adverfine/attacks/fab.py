@@ -40,10 +40,21 @@ def to_plane(
         t = t+step
     return (sign*torch.minimum(t[:,None]*speed, room)).view(shape)
 
+# %% ../../nbs/attacks/07_fab.ipynb #a3b76441
+def _beyond(fab, s, lead, w):
+    "A little beyond the boundary, where the lead of the target has the gradient `w`"
+    here = to_plane(s.adv, w, -lead, fab.threat)
+    there = to_plane(s.x, w, -lead+(w*(s.adv-s.x)).flatten(1).sum(1), fab.threat)
+    a,b = (fab.threat.distance(d, 0*d).clamp_min(1e-8).view(-1, 1, 1, 1) for d in (here, there))
+    share = (a/(a+b)).clamp_max(fab.bias)
+    new = (1-share)*(s.adv+fab.overshoot*here) + share*(s.x+fab.overshoot*there)
+    return new.clamp(0, 1) if fab.clamp else new
+
 # %% ../../nbs/attacks/07_fab.ipynb #e9752a5b
 @dataclass(frozen=True)
 class FAB(Attack):
-    "Looks for ever nearer adversarial images until one lies in the ball; [arXiv 1907.02044](https://arxiv.org/abs/1907.02044)"
+    """Looks for ever nearer adversarial images until one lies in the ball;
+    [arXiv 1907.02044](https://arxiv.org/abs/1907.02044)"""
     steps:int = 100         # Gradient steps towards each target
     targets:int = 9         # Classes to aim at in turn, likeliest first
     bias:float = .1         # At most this much of the next point comes from the clean image's side
@@ -69,17 +80,8 @@ class FAB(Attack):
         def lead(out, y): return (out.gather(1, s.target[:,None])-out.gather(1, y[:,None]))[:,0]
         for _ in range(self.steps):
             if not s.compact(): break
-            s.adv = self._beyond(s, *value_and_grad(model, s.adv, s.y, lead)[1:])
+            s.adv = _beyond(self, s, *value_and_grad(model, s.adv, s.y, lead)[1:])
             with torch.no_grad(): wrong = logits_of(model, s.adv, s.y).argmax(1)!=s.y
             s.fell(s.adv, wrong & (self.threat.distance(s.adv, s.x)<=self.eps))
             s.adv = torch.where(wrong.view(-1, 1, 1, 1), s.x+self.back*(s.adv-s.x), s.adv)
         return s.finish()
-
-    def _beyond(self, s, lead, w):
-        "A little beyond the boundary, where the lead of the target has the gradient `w`"
-        here = to_plane(s.adv, w, -lead, self.threat)
-        there = to_plane(s.x, w, -lead+(w*(s.adv-s.x)).flatten(1).sum(1), self.threat)
-        a,b = (self.threat.distance(d, 0*d).clamp_min(1e-8).view(-1, 1, 1, 1) for d in (here, there))
-        share = (a/(a+b)).clamp_max(self.bias)
-        new = (1-share)*(s.adv+self.overshoot*here) + share*(s.x+self.overshoot*there)
-        return new.clamp(0, 1) if self.clamp else new

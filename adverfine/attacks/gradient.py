@@ -43,7 +43,8 @@ class FGSMRS(Attack):
 # %% ../../nbs/attacks/03_gradient.ipynb #0d1886e2
 @dataclass(frozen=True)
 class NFGSM(Attack):
-    "One step of length `eps` from strong noise, not projected: for training; [arXiv 2202.01181](https://arxiv.org/abs/2202.01181)"
+    """One step of length `eps` from strong noise, not projected: for training;
+    [arXiv 2202.01181](https://arxiv.org/abs/2202.01181)"""
     soft = True
     noise:float = 2. # Radius of the noise, in units of `eps`; 0 is FGSM
 

@@ -53,6 +53,7 @@ class _LinfSearch:
         new[...,rows,cols] = x[...,rows,cols] + self.attack.eps*self.draw.signs(c, 1, 1)
         return new.clamp_(0, 1) if self.attack.clamp else new
 
+# %% ../../nbs/attacks/08_square.ipynb #ea6809bf
 class _L2Search:
     "Bumps everywhere at first, then what one window sets free goes into another"
     def __init__(self, attack, draw): self.attack,self.draw = attack,draw

@@ -15,17 +15,22 @@ from torch import nn
 from fastai.torch_core import no_random
 from .attack import Attack, logits_of
 
-# %% ../../nbs/attacks/05_torchattacks.ipynb #5a08516f
-def _parameters(kind): return inspect.signature(kind).parameters
+# %% ../../nbs/attacks/05_torchattacks.ipynb #3ca9589a
+def _takes(kind): return inspect.signature(kind).parameters
 
 def _check_arguments(kind, kwargs):
     "Raise a `ValueError` unless `kind` is a class that takes `kwargs`"
     if not isinstance(kind, type):
         raise ValueError(f"{type(kind).__name__} is no class: "
                          "write TorchAttack(torchattacks.PGD, eps, steps=20), and the model is handed over later")
-    if unknown := set(kwargs)-set(_parameters(kind)):
+    if unknown := set(kwargs)-set(_takes(kind)):
         raise ValueError(f"{kind.__name__} does not take {', '.join(sorted(unknown))}: "
-                         f"it takes {', '.join(list(_parameters(kind))[1:])}")
+                         f"it takes {', '.join(list(_takes(kind))[1:])}")
+
+def _within_budget(threat, x_adv, x):
+    "`x_adv` where it is an image that the adversary may choose for `x`, else `x`"
+    within = threat.distance(x_adv, x)<=threat.eps+1e-6
+    return torch.where(within.view(-1, 1, 1, 1), x_adv, x)
 
 class _Host(nn.Module):
     "What torchattacks takes for a model: a module with a parameter, to tell its device by"
@@ -62,19 +67,15 @@ class TorchAttack(Attack):
     def name(self): return f'torchattacks {self.kind.__name__}'
     @property
     def passes(self):
-        return 3*(dict(self.kwargs).get('steps') or getattr(_parameters(self.kind).get('steps'), 'default', 100))
+        return 3*(dict(self.kwargs).get('steps') or getattr(_takes(self.kind).get('steps'), 'default', 100))
 
     def craft(self, model, x, y, generator):
-        takes,classes = _parameters(self.kind),logits_of(model, x, y).shape[1]
+        takes,classes = _takes(self.kind),logits_of(model, x, y).shape[1]
         seed = torch.randint(2**31, (), generator=generator, device=x.device).item()
         offered = dict(eps=self.eps, norm=dict(linf='Linf', l2='L2')[self.norm], n_classes=classes, seed=seed)
         with no_random(seed), contextlib.redirect_stdout(io.StringIO()):
             kwargs = {k: v for k,v in offered.items() if k in takes} | dict(self.kwargs)
             x_adv = self.kind(_Host(model, x), **kwargs)(x, y).detach()
-        if 'eps' not in takes: x_adv = self._within_budget(x_adv, x)
+        if 'eps' not in takes: x_adv = _within_budget(self.threat, x_adv, x)
         self.threat.check(x_adv, x, self.name)
         return x_adv
-
-    def _within_budget(self, x_adv, x):
-        within = self.threat.distance(x_adv, x)<=self.eps+1e-6
-        return torch.where(within.view(-1, 1, 1, 1), x_adv, x)

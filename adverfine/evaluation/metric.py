@@ -15,6 +15,17 @@ from ..data.pixels import batch_space
 from ..attacks.attack import Attack
 from ..attacks.scoring import score
 
+# %% ../../nbs/evaluation/04_metric.ipynb #f36b3e07
+def _drawn(total, n, seed):
+    "Which of `total` images are drawn if `n` of them shall be, bool (total,)"
+    if n is None: return torch.ones(total, dtype=torch.bool)
+    if n>total:
+        raise ValueError(f"n={n}, but there are {total} images to validate on: "
+                         "ask for at most that many, or leave n out for all")
+    drawn = torch.zeros(total, dtype=torch.bool)
+    drawn[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]] = True
+    return drawn
+
 # %% ../../nbs/evaluation/04_metric.ipynb #a93a61b7
 class RobustAccuracy(Metric):
     "Share of validation images that are right clean and under `attack`: a column of the training table"
@@ -34,8 +45,10 @@ class RobustAccuracy(Metric):
 
     def accumulate(self, learn):
         y = learn.yb[0].as_subclass(Tensor)
-        if self.generator is None: self._begin(learn, y.device)
-        drawn = torch.ones_like(y, dtype=torch.bool) if self.n is None else self.drawn[self.seen:self.seen+len(y)]
+        if self.generator is None:
+            self.generator = torch.Generator(y.device).manual_seed(self.seed)
+            self.drawn = _drawn(len(learn.dl.dataset), self.n, self.seed).to(y.device)
+        drawn = self.drawn[self.seen:self.seen+len(y)]
         right = drawn & (learn.pred.as_subclass(Tensor).argmax(1)==y)
         if right.any():
             space = batch_space(learn)
@@ -44,17 +57,6 @@ class RobustAccuracy(Metric):
         self.seen += len(y)
         self.right += learn.to_detach(right.float()).sum().item()
         self.count += learn.to_detach(drawn.float()).sum().item()
-
-    def _begin(self, learn, device):
-        self.generator = torch.Generator(device).manual_seed(self.seed)
-        if self.n is None: return
-        total = len(learn.dl.dataset)
-        if self.n>total:
-            raise ValueError(f"n={self.n}, but there are {total} images to validate on: "
-                             "ask for at most that many, or leave n out for all")
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:self.n]
-        self.drawn = torch.zeros(total, dtype=torch.bool, device=device)
-        self.drawn[chosen] = True
 
     @property
     def value(self): return self.right/self.count if self.count else None

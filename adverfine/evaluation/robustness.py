@@ -71,6 +71,7 @@ class _Watched(nn.Module):
         self.tick(len(x)*(3 if x.requires_grad else 1))
         return self.model(x)
 
+# %% ../../nbs/evaluation/03_robustness.ipynb #da377738
 class _Trial:
     "Images and what became of each"
     def __init__(self, model, x, y, bs, seed, bf16, bar):

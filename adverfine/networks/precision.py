@@ -93,6 +93,7 @@ class Lent:
 
     def __getstate__(self): return vars(self) | dict(lender=None)  # in another process there is no lender
 
+# %% ../../nbs/networks/06_precision.ipynb #1ab16f0e
 class InBF16(Lent):
     "A network's `forward` in bfloat16 and channels_last"
     def __init__(self, network, lender):

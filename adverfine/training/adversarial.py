@@ -82,7 +82,8 @@ class _Once:
 
 # %% ../../nbs/training/02_adversarial.ipynb #6b1d4da3
 class AdversarialTraining(AdversarialBatches):
-    "Train on what `attack` makes of each batch, and minimise `objective`; [arXiv 1706.06083](https://arxiv.org/abs/1706.06083)"
+    """Train on what `attack` makes of each batch, and minimise `objective`;
+    [arXiv 1706.06083](https://arxiv.org/abs/1706.06083)"""
     def __init__(self,
         attack:Attack, # Crafts the images to train on
         objective:Objective|None=None, # `Madry()`, `TRADES(beta)`, `MART(lam)` or `RSLAD(teacher)`; default: `Madry()`
@@ -148,6 +149,7 @@ def after_cancel_batch(self:AdversarialTraining):
 @patch
 def after_fit(self:AdversarialTraining): self.crafter = self.clean = self.target = self.once = None
 
+# %% ../../nbs/training/02_adversarial.ipynb #34e9e009
 def adversarial_training_of(
     cb:Callback, # Has a Learner
 ) -> AdversarialTraining:

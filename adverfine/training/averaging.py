@@ -43,7 +43,7 @@ class WeightAverage(Callback):
 
     def after_step(self):
         if self.learn.pct_train<self.start: return
-        now = _parameters(self.model)
+        now = _weights_of(self.model)
         if not _same_shapes(self.mean, now):
             self.mean,self.averaged = [p.detach().clone() for p in now],1
             return
@@ -55,28 +55,28 @@ class WeightAverage(Callback):
     def after_cancel_fit(self): self._lend()
     def after_fit(self): self.mean = self.own = self.recent = None
 
-# %% ../../nbs/training/05_averaging.ipynb #e0745ae5
-def _parameters(model): return list(bare(model).parameters())
+# %% ../../nbs/training/05_averaging.ipynb #b35cf6bf
+def _weights_of(model): return list(bare(model).parameters())
 def _same_shapes(a, b): return a is not None and [o.shape for o in a]==[o.shape for o in b]
 def _running_norms(model):
     return [m for m in bare(model).modules() if isinstance(m, batch_norms) and m.track_running_stats]
 
 @torch.no_grad()
-def _load(model, values):
-    for p,v in zip(_parameters(model), values): p.copy_(v)
+def _copy_into(model, values):
+    for p,v in zip(_weights_of(model), values): p.copy_(v)
 
 @patch
 def _lend(self:WeightAverage):
     "Give the network the mean, unless it has it"
     if self.mean is None or self.own is not None: return
-    self.own = [p.detach().clone() for p in _parameters(self.model)]
-    _load(self.model, self.mean)
+    self.own = [p.detach().clone() for p in _weights_of(self.model)]
+    _copy_into(self.model, self.mean)
     _estimate(bare(self.model), self.recent)
 
 @patch
 def _give_back(self:WeightAverage):
     "Give the network the optimizer's weights again, unless it was pruned since"
-    if _same_shapes(self.own, _parameters(self.model)): _load(self.model, self.own)
+    if _same_shapes(self.own, _weights_of(self.model)): _copy_into(self.model, self.own)
     self.own = None
 
 # %% ../../nbs/training/05_averaging.ipynb #d52e779e

@@ -13,9 +13,18 @@ from ..data.pixels import batch_space
 from ..attacks.gradient import FGSM
 from .adversarial import AdversarialBatches
 
+# %% ../../nbs/training/03_free.ipynb #fd5fcf6e
+class _Replayed(GetAttr):
+    "A DataLoader that yields each batch several times in a row"
+    def __init__(self, dl, times): self.default,self.times = dl,times
+    def __len__(self): return len(self.default)*self.times
+    def __iter__(self):
+        for b in self.default: yield from [b]*self.times
+
 # %% ../../nbs/training/03_free.ipynb #79e4dd5b
 class FreeAdversarialTraining(AdversarialBatches):
-    "Learn from each batch `replays` times, moving one perturbation along; [arXiv 1904.12843](https://arxiv.org/abs/1904.12843)"
+    """Learn from each batch `replays` times, moving one perturbation along;
+    [arXiv 1904.12843](https://arxiv.org/abs/1904.12843)"""
     def __init__(self,
         eps:float, # Radius of the ball in pixels
         replays:int=4, # Passes over each batch, 2 or more
@@ -48,10 +57,3 @@ class FreeAdversarialTraining(AdversarialBatches):
         threat,grad = self.attack.threat,self.moved.grad.nan_to_num()
         further = self.moved.detach() + threat.eps*threat.steepest(grad)
         self.delta = threat.project(further, self.images) - self.images
-
-class _Replayed(GetAttr):
-    "A DataLoader that yields each batch several times in a row"
-    def __init__(self, dl, times): self.default,self.times = dl,times
-    def __len__(self): return len(self.default)*self.times
-    def __iter__(self):
-        for b in self.default: yield from [b]*self.times

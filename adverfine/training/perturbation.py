@@ -16,7 +16,8 @@ from .adversarial import adversarial_training_of
 
 # %% ../../nbs/training/06_perturbation.ipynb #aa90b15f
 class AWP(Callback):
-    "Take each training gradient at adversarially perturbed weights; [arXiv 2004.05884](https://arxiv.org/abs/2004.05884)"
+    """Take each training gradient at adversarially perturbed weights;
+    [arXiv 2004.05884](https://arxiv.org/abs/2004.05884)"""
     order,run_valid = 25,False
     def __init__(self,
         gamma:float=.005, # Length of the perturbation, in units of each layer's norm

@@ -84,12 +84,12 @@ def test_prune_refuses_and_changes_nothing():
     x = torch.rand(2, 1, 8, 8)
     twin = cnn8(size=8); quantize(twin, 8, [x])
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(4*36, 10))
-    for net,level,why in [(twin, .5, 'prune before quantizing'), (normed, .5, 'parametriz'), (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), .5, 'no prunable layers'), (cnn8(size=8), 0, 'level=0'), (cnn8(size=8), .98, 'at most 0.968')]:
+    for net,share,why in [(twin, .5, 'prune before quantizing'), (normed, .5, 'parametriz'), (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), .5, 'no prunable layers'), (cnn8(size=8), 0, 'share=0'), (cnn8(size=8), .98, 'at most 0.968')]:
         shapes = [p.shape for p in net.parameters()]
-        with pytest.raises(ValueError, match=why): prune(net, level, x)
+        with pytest.raises(ValueError, match=why): prune(net, share, x)
         assert shapes==[p.shape for p in net.parameters()] and all(p.requires_grad for p in net.parameters()) and all(m.training for m in net.modules())
 
-def test_pruning_in_a_fit_reaches_its_level_with_one_epoch_and_with_many():
+def test_pruning_in_a_fit_reaches_its_share_with_one_epoch_and_with_many():
     for epochs in (1, 3):
         learn = _learner('sgd')
         _fit(learn, epochs, 1e-3, cbs=[StructuredPruning(.5), AdversarialTraining(PGD(.1, steps=1))])
@@ -138,13 +138,13 @@ def test_adversarial_fine_tuning_of_a_twin(bits):
 
 _pictures = lambda size=64: torch.rand(2, 3, size, size)
 
-@pytest.mark.parametrize('name,kw', [('resnet18', dict(macs=.25)), ('mobilenet_v3_small', dict(macs=.25, scope='global', criterion='bn')), ('regnet_y_400mf', dict(macs=.3)), ('squeezenet1_1', dict(macs=.5, round_to=8))])
+@pytest.mark.parametrize('name,kw', [('resnet18', dict(keep_macs=.25)), ('mobilenet_v3_small', dict(keep_macs=.25, scope='global', criterion='bn')), ('regnet_y_400mf', dict(keep_macs=.3)), ('squeezenet1_1', dict(keep_macs=.5, round_to=8))])
 def test_macs_are_what_was_asked_for(name, kw):
     torch.manual_seed(0)
     net,x = torchvision.models.get_model(name, weights=None, num_classes=10),_pictures()
     before = macs(net, x)
     prune(net, None, x, **kw)
-    assert abs(macs(net, x)/before-kw['macs'])<=.02
+    assert abs(macs(net, x)/before-kw['keep_macs'])<=.02
     assert net(x).shape==(2, 10)
     net(x).sum().backward()
 
@@ -332,8 +332,8 @@ def test_a_layer_that_runs_twice_is_cut_once():
     prune(net, .5, x)
     assert net(x).shape==(2, 10) and net.a.out_channels==net.b.in_channels==net.b.out_channels==4
 
-@pytest.mark.parametrize('kw,why', [(dict(), 'give one of them'), (dict(level=True), 'level=True'), (dict(macs=1.), 'macs=1.0'), (dict(level=.5, scope='layer'), 'use .uniform. or .global.'), (dict(level=.5, floor=1), 'floor=1'),
-                                    (dict(level=.5, round_to=0), 'round_to=0'), (dict(level=dict(a=.5), scope='global'), 'leave nothing to choose'), (dict(level=.5, criterion='L1'), 'criterion=.L1. is unknown')])
+@pytest.mark.parametrize('kw,why', [(dict(), 'give one of them'), (dict(share=True), 'share=True'), (dict(keep_macs=1.), 'keep_macs=1.0'), (dict(share=.5, scope='layer'), 'use .uniform. or .global.'), (dict(share=.5, floor=1), 'floor=1'),
+                                    (dict(share=.5, round_to=0), 'round_to=0'), (dict(share=dict(a=.5), scope='global'), 'leave nothing to choose'), (dict(share=.5, criterion='L1'), 'criterion=.L1. is unknown')])
 def test_plans_that_make_no_sense(kw, why):
     with pytest.raises(ValueError, match=why): PruningPlan(**kw)
     with pytest.raises(ValueError, match=why): StructuredPruning(**kw)

@@ -34,7 +34,8 @@ def test_plans_are_checked():
         PruningPlan(**kw)
     for kw,why in [(dict(), 'give one of them'), (dict(share=.5, keep_macs=.5), 'give one of them'),
                    (dict(share=0.), 'share=0.0'), (dict(share={'a': .5, 'b': 1.}), 'share=1.0'),
-                   (dict(keep_macs=0), 'keep_macs=0'), (dict(keep_macs=1), 'keep_macs=1'), (dict(keep_macs=-.5), 'keep_macs=-0.5'),
+                   (dict(keep_macs=0), 'keep_macs=0'),
+                   (dict(keep_macs=1), 'keep_macs=1'), (dict(keep_macs=-.5), 'keep_macs=-0.5'),
                    (dict(share=.5, criterion='l3'), 'is unknown'), (dict(share=.5, scope='local'), 'is unknown'),
                    (dict(share={'a': .5}, scope='global'), 'nothing to choose globally'),
                    (dict(share=.5, floor=1), 'floor=1'), (dict(share=.5, floor=-.1), 'floor=-0.1'),

@@ -70,6 +70,20 @@ def test_state_is_cut_like_the_weights(opt):
             # each weight keeps the state it had
             assert set(zip(p.flatten().tolist(), new.flatten().tolist())) <= pairs
 
+def test_a_count_of_steps_is_no_state_of_a_weight():
+    "PyTorch's Adam counts in a tensor without dimensions, which is the shape of a scalar parameter"
+    class Gained(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.head = nn.Conv2d(1, 8, 3),nn.Linear(8, 10)
+            self.gain = nn.Parameter(torch.tensor(1.))
+        def forward(self, x): return self.gain*self.head(self.conv(x).mean((2,3)))
+    learn = _learner('torch_adam', Gained())
+    _fit(learn, 1, 1e-3)
+    learn.prune(.5)
+    assert learn.model.conv.out_channels==4
+    _check_optimizer(learn)
+
 def test_residual_network():
     x = torch.rand(2, 3, 32, 32)
     net = resnet18_cifar()
@@ -105,7 +119,8 @@ def test_pruning_in_a_fit_reaches_its_share_with_one_epoch_and_with_many():
         assert learn.model[0].out_channels==16
         _check_optimizer(learn)
 
-@pytest.mark.parametrize('bits,signed,offset', [(8, True, 0), (4, False, 0), (2, True, 0), (1, True, .5), (1, False, 0)])
+@pytest.mark.parametrize('bits,signed,offset', [
+    (8, True, 0), (4, False, 0), (2, True, 0), (1, True, .5), (1, False, 0)])
 def test_gradients_are_the_formula(bits, signed, offset):
     torch.manual_seed(0)
     q = Quantizer(bits, signed)

@@ -2,7 +2,7 @@
 
     python tools/mutants.py                                    # 30 faults in each module, with the seed 0
     python tools/mutants.py --module threat compression.plan   # in these only
-    python tools/mutants.py --again --no-pages                 # run the tests again on the survivors, after more were written
+    python tools/mutants.py --again --no-pages                 # run more tests on the survivors
 
 A fault ("mutant") is a changed number, sign, comparison, condition or call. It is put into the module *and* into the
 cell of the notebook that the module was made from, in a copy of the project; then what belongs to the module runs, the

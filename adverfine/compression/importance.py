@@ -42,7 +42,7 @@ criteria = dict(l1=partial(tp.importance.GroupMagnitudeImportance, p=1),
 # %% ../../nbs/compression/01_importance.ipynb #eae84917
 @dataclass(frozen=True)
 class Taylor:
-    "How much the loss would change without a channel, to first order; [arXiv 1906.10771](https://arxiv.org/abs/1906.10771)"
+    "How much the loss would change without a channel, to first order"
     attack:Attack=None  # Take the loss on images that it has attacked; default: on clean ones
     n_batches:int=4     # Training batches to look at
 

@@ -13,7 +13,7 @@ from adverfine.data.sources import digits_dls
 from adverfine.attacks.gradient import FGSM
 from adverfine.compression.channels import _tied_to, channel_groups, Group, Heads, traceable
 from adverfine.compression.importance import channel_scores, criteria, importance_by, Taylor
-from adverfine.compression.plan import check_level, PruningPlan, whole_channels
+from adverfine.compression.plan import check_pruned_share, PruningPlan, whole_channels
 from adverfine.compression.pruning import prune, schedules, StructuredPruning
 import fastai.callback.progress  # noqa: F401 verbs of a Learner
 
@@ -23,26 +23,27 @@ def _heads(n, name='attention'): return Heads(None, name, [name], n, 1)
 
 # --- the plan
 
-def test_levels():
+def test_shares():
     for bad in (0, 1, -.1, 1.1, True, False, float('nan')):
-        with pytest.raises(ValueError, match='both excluded'): check_level(bad)
-    for good in (.001, .5, .999): check_level(good)
+        with pytest.raises(ValueError, match='both excluded'): check_pruned_share(bad)
+    for good in (.001, .5, .999): check_pruned_share(good)
 
 def test_plans_are_checked():
-    for kw in (dict(level=.5), dict(macs=.5), dict(level={'a': .5}), dict(level=.5, scope='global', floor=0),
-            dict(level=.5, floor=.99, round_to=8)):
+    for kw in (dict(share=.5), dict(keep_macs=.5), dict(share={'a': .5}),
+               dict(share=.5, scope='global', floor=0), dict(share=.5, floor=.99, round_to=8)):
         PruningPlan(**kw)
-    for kw,why in [(dict(), 'give one of them'), (dict(level=.5, macs=.5), 'give one of them'),
-            (dict(level=0.), 'level=0.0'), (dict(level={'a': .5, 'b': 1.}), 'level=1.0'), (dict(macs=0), 'macs=0'),
-            (dict(macs=1), 'macs=1'), (dict(macs=-.5), 'macs=-0.5'),
-                   (dict(level=.5, criterion='l3'), 'is unknown'), (dict(level=.5, scope='local'), 'is unknown'),
-                   (dict(level={'a': .5}, scope='global'), 'nothing to choose globally'),
-                   (dict(level=.5, floor=1), 'floor=1'), (dict(level=.5, floor=-.1), 'floor=-0.1'),
-                   (dict(level=.5, round_to=0), 'round_to=0'), (dict(level=.5, round_to=True), 'round_to=True'),
-                   (dict(level=.5, round_to=2.), 'round_to=2.0')]:
+    for kw,why in [(dict(), 'give one of them'), (dict(share=.5, keep_macs=.5), 'give one of them'),
+                   (dict(share=0.), 'share=0.0'), (dict(share={'a': .5, 'b': 1.}), 'share=1.0'),
+                   (dict(keep_macs=0), 'keep_macs=0'),
+                   (dict(keep_macs=1), 'keep_macs=1'), (dict(keep_macs=-.5), 'keep_macs=-0.5'),
+                   (dict(share=.5, criterion='l3'), 'is unknown'), (dict(share=.5, scope='local'), 'is unknown'),
+                   (dict(share={'a': .5}, scope='global'), 'nothing to choose globally'),
+                   (dict(share=.5, floor=1), 'floor=1'), (dict(share=.5, floor=-.1), 'floor=-0.1'),
+                   (dict(share=.5, round_to=0), 'round_to=0'), (dict(share=.5, round_to=True), 'round_to=True'),
+                   (dict(share=.5, round_to=2.), 'round_to=2.0')]:
         with pytest.raises(ValueError, match=why): PruningPlan(**kw)
     plan = PruningPlan(.5)
-    assert (plan.macs, plan.criterion, plan.scope, plan.floor, plan.round_to)==(None, 'l1', 'uniform', .1, 1)
+    assert (plan.keep_macs, plan.criterion, plan.scope, plan.floor, plan.round_to)==(None, 'l1', 'uniform', .1, 1)
     assert PruningPlan(.5, criterion='taylor').criterion==Taylor()
     assert PruningPlan(.5, criterion=Taylor(n_batches=2)).criterion.n_batches==2 and Taylor().n_batches==4
     assert Taylor().attack is None
@@ -51,63 +52,63 @@ def test_plans_are_checked():
 def test_uniform_plans():
     groups = _groups(10, 7, 100)
     # 7.000000001 is 7
-    assert PruningPlan(.5).left(groups, None)==[5, 3, 50] and PruningPlan(.5).left(groups, None, .5)==[7, 5, 75]
-    assert PruningPlan(.3).left(_groups(10), None)==[7]
-    assert PruningPlan(.85).left(groups, None)==[1, 1, 15]
+    assert PruningPlan(.5).kept(groups, None)==[5, 3, 50] and PruningPlan(.5).kept(groups, None, .5)==[7, 5, 75]
+    assert PruningPlan(.3).kept(_groups(10), None)==[7]
+    assert PruningPlan(.85).kept(groups, None)==[1, 1, 15]
     with pytest.raises(ValueError, match="none of the 7 channels of layer 'l1': use at most 0.857"):
-        PruningPlan(.9).left(groups, None)
+        PruningPlan(.9).kept(groups, None)
     with pytest.raises(ValueError, match="none of the 14 channels of layer 'l1': use at most 0.857"):
-        PruningPlan(.95).left(_groups(10, 7, copies=2), None)
-    assert PruningPlan(.9).left(_groups(10), None)==[1]
+        PruningPlan(.95).kept(_groups(10, 7, copies=2), None)
+    assert PruningPlan(.9).kept(_groups(10), None)==[1]
     # one head stays
-    assert PruningPlan(.9).left([_heads(4)], None)==[1] and PruningPlan(.5).left([_heads(4)], None)==[2]
+    assert PruningPlan(.9).kept([_heads(4)], None)==[1] and PruningPlan(.5).kept([_heads(4)], None)==[2]
 
 def test_plans_of_single_layers():
     groups = [*_groups(10, 10, 10), _heads(8)]
-    assert PruningPlan({'l0': .5}).left(groups, None)==[5, 10, 10, 8]
+    assert PruningPlan({'l0': .5}).kept(groups, None)==[5, 10, 10, 8]
     # the largest counts
-    assert PruningPlan({'l?': .5, 'l1': .8, 'l2': .2}).left(groups, None)==[5, 2, 5, 8]
-    assert PruningPlan({'*.also': .4, 'att*': .75}).left(groups, None)==[6, 6, 6, 2]
-    assert PruningPlan({'l0': .5, 'l1': .1}).left(groups, None, .5)==[7, 9, 10, 8]
+    assert PruningPlan({'l?': .5, 'l1': .8, 'l2': .2}).kept(groups, None)==[5, 2, 5, 8]
+    assert PruningPlan({'*.also': .4, 'att*': .75}).kept(groups, None)==[6, 6, 6, 2]
+    assert PruningPlan({'l0': .5, 'l1': .1}).kept(groups, None, .5)==[7, 9, 10, 8]
     with pytest.raises(ValueError, match="is called 'x': there are l0, l0.also, l1"):
-        PruningPlan({'l0': .5, 'x': .5}).left(groups, None)
+        PruningPlan({'l0': .5, 'x': .5}).kept(groups, None)
 
 def test_multiples():
-    for n,level,unit,copies,left in [(64, .5, 8, 1, 32), (64, .45, 8, 1, 32), (64, .4, 8, 1, 40), (64, .97, 8, 1, 8),
+    for n,share,unit,copies,kept in [(64, .5, 8, 1, 32), (64, .45, 8, 1, 32), (64, .4, 8, 1, 40), (64, .97, 8, 1, 8),
             (10, .1, 8, 1, 8), (6, .1, 8, 1, 6), (20, .05, 8, 1, 16), (22, .05, 8, 1, 22),
                                      (16, .45, 8, 4, 8), (15, .45, 8, 4, 8), (15, .33, 6, 4, 9), (10, .45, 1, 1, 5)]:
         groups = _groups(n, copies=copies)
-        assert PruningPlan(level, round_to=unit).left(groups, None)==[left], (n, level, unit, copies)
+        assert PruningPlan(share, round_to=unit).kept(groups, None)==[kept], (n, share, unit, copies)
     # heads are no channels
-    assert PruningPlan(.4, round_to=8).left([_heads(8)], None)==[4]
+    assert PruningPlan(.4, round_to=8).kept([_heads(8)], None)==[4]
 
 def test_global_plans_take_the_least_important_of_all():
     groups,scores = _groups(4, 6),[torch.tensor([9., 1, 8, 2]), torch.tensor([5., 3, 4, 7, 6, 10])]
-    assert PruningPlan(.4, scope='global').left(groups, scores)==[2, 4]
-    assert PruningPlan(.4, scope='global').left(groups, scores, .5)==[2, 6]
-    assert PruningPlan(.1, scope='global').left(groups, scores)==[3, 6]
-    assert PruningPlan(.1, scope='global').left(groups, scores, 0.)==[4, 6]
-    assert PruningPlan(.7, scope='global', floor=0.).left(groups, scores)==[2, 1]
+    assert PruningPlan(.4, scope='global').kept(groups, scores)==[2, 4]
+    assert PruningPlan(.4, scope='global').kept(groups, scores, .5)==[2, 6]
+    assert PruningPlan(.1, scope='global').kept(groups, scores)==[3, 6]
+    assert PruningPlan(.1, scope='global').kept(groups, scores, 0.)==[4, 6]
+    assert PruningPlan(.7, scope='global', floor=0.).kept(groups, scores)==[2, 1]
     low = [torch.tensor([.1, .2, .3, .4]), torch.arange(1., 7)]
     # 1.2 is 2 channels
-    assert PruningPlan(.5, scope='global', floor=.5).left(groups, low)==[2, 3]
-    assert PruningPlan(.5, scope='global', floor=.3).left(groups, low)==[2, 3]
-    assert PruningPlan(.5, scope='global', floor=0).left(groups, low)==[1, 4]
+    assert PruningPlan(.5, scope='global', floor=.5).kept(groups, low)==[2, 3]
+    assert PruningPlan(.5, scope='global', floor=.3).kept(groups, low)==[2, 3]
+    assert PruningPlan(.5, scope='global', floor=0).kept(groups, low)==[1, 4]
     with pytest.raises(ValueError, match='floor=0.5 leaves to cut: use at most 0.5'):
-        PruningPlan(.6, scope='global', floor=.5).left(groups, low)
+        PruningPlan(.6, scope='global', floor=.5).kept(groups, low)
     with pytest.raises(ValueError, match='floor=0 leaves to cut: use at most 0.8'):
-        PruningPlan(.9, scope='global', floor=0).left(groups, low)
+        PruningPlan(.9, scope='global', floor=0).kept(groups, low)
     equal = [torch.ones(4), torch.ones(6)]
     # of equals the first
-    assert PruningPlan(.3, scope='global').left(groups, equal)==[1, 6]
-    assert PruningPlan(.4, scope='global', round_to=4).left(groups, scores)==[4, 4]
+    assert PruningPlan(.3, scope='global').kept(groups, equal)==[1, 6]
+    assert PruningPlan(.4, scope='global', round_to=4).kept(groups, scores)==[4, 4]
 
 def test_global_plans_count_what_is_gone_already():
     "The groups say how many there were, the scores what is left"
     groups,scores = _groups(4, 6),[torch.tensor([9., 8]), torch.tensor([5., 4, 7, 6, 10])]
     plan = PruningPlan(.5, scope='global')
-    assert plan.left(groups, scores)==[2, 3] and plan.left(groups, scores, .4)==[2, 5]
-    assert plan.left(groups, scores, .2)==[2, 5]
+    assert plan.kept(groups, scores)==[2, 3] and plan.kept(groups, scores, .4)==[2, 5]
+    assert plan.kept(groups, scores, .2)==[2, 5]
 
 # --- channels
 
@@ -306,16 +307,16 @@ def test_macs_by_bisection():
     for share in (.2, .5, .8):
         net = cnn8(size=8)
         before = macs(net, x)
-        prune(net, None, x, macs=share)
+        prune(net, None, x, keep_macs=share)
         assert abs(macs(net, x)/before-share)<.02
     pair = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
-    with pytest.raises(ValueError, match='macs=0.75 cannot be had: the nearest that pruning reaches is 0.500'):
-        prune(pair, None, x, macs=.75)
-    with pytest.raises(ValueError, match='macs=0.03 cannot be had'): prune(_chain(), None, x, macs=.03)
+    with pytest.raises(ValueError, match='keep_macs=0.75 cannot be had: the nearest that pruning reaches is 0.500'):
+        prune(pair, None, x, keep_macs=.75)
+    with pytest.raises(ValueError, match='keep_macs=0.03 cannot be had'): prune(_chain(), None, x, keep_macs=.03)
     net = cnn8(size=8)
-    prune(net, None, x, macs=.9, scope='global', floor=.5)
-    with pytest.raises(ValueError, match='macs=0.5 cannot be had'):
-        prune(cnn8(size=8), None, x, macs=.5, scope='global', floor=.9)
+    prune(net, None, x, keep_macs=.9, scope='global', floor=.5)
+    with pytest.raises(ValueError, match='keep_macs=0.5 cannot be had'):
+        prune(cnn8(size=8), None, x, keep_macs=.5, scope='global', floor=.9)
 
 class Widths(Callback):
     def before_fit(self): self.seen = []
@@ -367,12 +368,15 @@ def test_the_state_follows_the_weights(mom):
     if mom: assert torch.equal(learn.opt.state[new]['grad_avg'], averages[kept])
     _fit(learn, 1, [])
 
-def test_macs_are_reached_beyond_an_impossible_level():
-    "Level .875 would leave nothing of 6 channels, and .8 leaves what is asked for"
-    def make(): return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+def test_macs_are_reached_beyond_an_impossible_share():
+    "Share .875 would leave nothing of 6 channels, and .8 leaves what is asked for"
+    def make():
+        return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
     x = torch.rand(2, 1, 8, 8)
-    by_level = prune(make(), .8, x)
-    share = macs(by_level, x)/macs(make(), x)
-    by_macs = prune(make(), None, x, macs=share)
-    assert macs(by_macs, x)==macs(by_level, x)
-    with pytest.raises(ValueError, match='macs=0.01 cannot be had: the nearest that pruning reaches is 0'): prune(make(), None, x, macs=.01)
+    by_share = prune(make(), .8, x)
+    kept = macs(by_share, x)/macs(make(), x)
+    by_macs = prune(make(), None, x, keep_macs=kept)
+    assert macs(by_macs, x)==macs(by_share, x)
+    with pytest.raises(ValueError, match='keep_macs=0.01 cannot be had: the nearest that pruning reaches is 0'):
+        prune(make(), None, x, keep_macs=.01)

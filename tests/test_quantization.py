@@ -5,7 +5,8 @@ from torch import nn
 from fastai.learner import Learner
 from adverfine.networks.zoo import cnn8
 from adverfine.data.sources import digits_dls
-from adverfine.compression.quantizers import best_step, calibrations, check_bits, minmax_step, offered_bits, percentile_step, Quantizer
+from adverfine.compression.quantizers import (best_step, calibrations, check_bits, minmax_step, offered_bits,
+                                              percentile_step, Quantizer)
 from adverfine.compression.quantization import QuantBatchNorm2d, QuantConv2d, quantize, QuantLinear, traced
 
 def _quantizer(bits, step, **kw):
@@ -185,7 +186,7 @@ def test_large_batches_are_sampled_and_their_largest_value_is_kept():
     quantize(net, 8, [x], calibration='minmax')
     assert net[1].x_quant.signed
 
-def test_a_twin_is_given_other_bits():
+def test_a_fake_quantized_network_is_given_other_bits():
     x = torch.rand(4, 1, 5, 5)
     net = Sum(operator.add).eval()
     quantize(net, 8, [x])
@@ -235,7 +236,7 @@ def test_settings_are_looked_at_before_the_images():
             dict(bits=4, calibration='kl')):
         with pytest.raises(ValueError): quantize(cnn8(size=8), batches=images, **kw)
 
-def test_a_failed_calibration_leaves_the_twin():
+def test_a_failed_calibration_leaves_the_network_as_it_was():
     net,x = cnn8(size=8),torch.rand(4, 1, 8, 8)
     quantize(net, 4, [x])
     before = net(x)
@@ -266,8 +267,10 @@ class Forks(nn.Module):
         return (x if x.sum()>0 else -x).mean((2,3))
 
 def test_what_cannot_be_traced_has_no_graph_and_says_so():
-    with pytest.warns(UserWarning, match='cannot trace Forks .*control flow.*so that is left out'): assert traced(Forks(), 'that is left out') is None
-    with pytest.warns(UserWarning, match='BatchNorms feed into additions stays float32'): quantize(Forks(), 8, [torch.rand(4, 1, 8, 8)])
+    with pytest.warns(UserWarning, match='cannot trace Forks .*control flow.*so that is left out'):
+        assert traced(Forks(), 'that is left out') is None
+    with pytest.warns(UserWarning, match='BatchNorms feed into additions stays float32'):
+        quantize(Forks(), 8, [torch.rand(4, 1, 8, 8)])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         quantize(Forks(), 8, [torch.rand(4, 1, 8, 8)], sums=False)       # nothing is left out

@@ -1,8 +1,8 @@
 """Do the tests bite? Put faults into the code one by one and see which go unnoticed
 
-    python tools/mutants.py                          # 30 faults in each module of `belongs`, with the seed 0
-    python tools/mutants.py --module threat guards   # in these only
-    python tools/mutants.py --again --no-pages       # run the tests again on the survivors, after more were written
+    python tools/mutants.py                                    # 30 faults in each module, with the seed 0
+    python tools/mutants.py --module threat compression.plan   # in these only
+    python tools/mutants.py --again --no-pages                 # run more tests on the survivors
 
 A fault ("mutant") is a changed number, sign, comparison, condition or call. It is put into the module *and* into the
 cell of the notebook that the module was made from, in a copy of the project; then what belongs to the module runs, the
@@ -19,21 +19,81 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 os.environ.update(OMP_NUM_THREADS='1', MPLBACKEND='agg')
 
-# What belongs to a module: its pages, and its tests as arguments of pytest
-belongs = dict(
-    threat       = ['nbs/00_threat.ipynb', 'tests/test_threat.py'],
-    attacks      = ['nbs/04_attacks.ipynb', 'tests/test_gradient_attacks.py'],
-    autoattack   = ['nbs/05_autoattack.ipynb', 'tests/test_autoattack.py'],
-    channels     = ['nbs/05a_channels.ipynb', 'tests/test_pruning.py',
-                    'tests/test_compression.py -k "head or taylor or criteri or twice or stream or refuses or sees"'],
-    pruning      = ['nbs/06_pruning.ipynb', 'tests/test_pruning.py',
-                    'tests/test_compression.py -k "floor or state_is_cut or head or refuses or sees"'],
-    quantization = ['nbs/07_quantization.ipynb', 'tests/test_quantization.py',
-                    'tests/test_compression.py -k "formula or keeps_its_state or calibrat"'],
-    objectives   = ['nbs/09_objectives.ipynb', 'tests/test_objectives.py'],
-    guards       = ['nbs/11_guards.ipynb', 'tests/test_guards.py'],
-    evaluation   = ['nbs/12_evaluation.ipynb', 'tests/test_report.py'],
-    checkpoint   = ['nbs/13_checkpoint.ipynb', 'tests/test_checkpoint.py'])
+# What belongs to a module besides its own page: tests, and other pages, as arguments of pytest
+_attacks = ['tests/test_attacks.py', 'tests/test_gradient_attacks.py']
+_autoattack = ['tests/test_autoattack.py']
+_pruning = ['tests/test_pruning.py']
+_quantization = ['tests/test_quantization.py']
+_deployment = ['tests/test_deployment.py']
+_training = ['tests/test_training.py']
+_study = ['tests/test_study.py']
+def _sees(words): return f'tests/test_compression.py -k "{words}"'
+
+belongs = {
+    'threat':                   ['tests/test_threat.py'],
+    'files':                    ['tests/test_files.py'],
+    'networks.zoo':             ['tests/test_checkpoint.py'],
+    'networks.modes':           ['tests/test_attacks.py'],
+    'networks.layers':          ['tests/test_checkpoint.py', *_pruning],
+    'networks.attention':       [*_pruning, _sees('head or attention or transformer')],
+    'networks.optimizers':      [*_pruning, _sees('optimizer or state_is_cut')],
+    'networks.cost':            ['tests/test_cost.py'],
+    'networks.precision':       ['tests/test_attacks.py', 'tests/test_training.py -k "bf16 or precision"'],
+    'networks.fused':           ['tests/test_attacks.py'],
+    'data.images':              ['tests/test_data.py'],
+    'data.pixels':              ['tests/test_data.py', *_pruning],
+    'data.sources':             ['tests/test_data.py'],
+    'attacks.attack':           _attacks,
+    'attacks.losses':           [*_attacks, *_autoattack],
+    'attacks.scoring':          ['tests/test_report.py', *_attacks],
+    'attacks.gradient':         ['tests/test_gradient_attacks.py'],
+    'attacks.adaptive':         _attacks,
+    'attacks.torchattacks':     ['tests/test_attacks.py'],
+    'attacks.apgd':             _autoattack,
+    'attacks.fab':              _autoattack,
+    'attacks.square':           _autoattack,
+    'attacks.autoattack':       _autoattack,
+    'compression.channels':     [*_pruning,
+                                 _sees('head or taylor or criteri or twice or stream or refuses or sees')],
+    'compression.importance':   [*_pruning, _sees('taylor or criteri')],
+    'compression.plan':         [*_pruning, _sees('floor or plans')],
+    'compression.cuts':         [*_pruning, _sees('state_is_cut or head or refuses')],
+    'compression.pruning':      [*_pruning, _sees('floor or state_is_cut or head or refuses or sees')],
+    'compression.sensitivity':  _pruning,
+    'compression.quantizers':   [*_quantization, _sees('formula or calibrat')],
+    'compression.quantization': [*_quantization, _sees('formula or keeps_its_state or calibrat')],
+    'evaluation.cases':         ['tests/test_guards.py'],
+    'evaluation.guards':        ['tests/test_guards.py'],
+    'evaluation.report':        ['tests/test_report.py'],
+    'evaluation.robustness':    ['tests/test_report.py', 'tests/test_evaluation.py'],
+    'evaluation.metric':        ['tests/test_evaluation.py'],
+    'deployment.description':   ['tests/test_checkpoint.py'],
+    'deployment.card':          ['tests/test_checkpoint.py'],
+    'deployment.checkpoint':    ['tests/test_checkpoint.py'],
+    'deployment.integer':       _deployment,
+    'deployment.onnx':          _deployment,
+    'deployment.lowered':       _deployment,
+    'training.acceleration':    _training,
+    'training.objectives':      ['tests/test_objectives.py'],
+    'training.adversarial':     [*_training, 'tests/test_composition.py'],
+    'training.free':            _training,
+    'training.selection':       [*_training, 'tests/test_integration.py'],
+    'training.averaging':       _training,
+    'training.perturbation':    _training,
+    'training.warmup':          _training,
+    'training.recipes':         _training,
+    'study.protocol':           _study,
+    'study.study':              _study,
+    'study.tables':             _study,
+    'study.page':               _study,
+    'bench.data':               [],
+    'bench.evaluation':         [],
+    'bench.inference':          [],
+    'bench.training':           [],
+    'bench.recipes':            [],
+    'cli':                      ['tests/test_study.py', 'tests/test_integration.py']}
+
+def path_of(module): return Path('adverfine', *module.split('.')).with_suffix('.py')
 
 preload = 'fastai.vision.all torchattacks torch_pruning torchvision safetensors.torch nbdev.test pytest pandas'.split()
 # functions that only make text or pictures
@@ -68,11 +128,17 @@ class Mutant:
 
 def exported(module):
     "Notebook, id, first line and text of each cell that `module` was made from"
-    text = (root/'adverfine'/f'{module}.py').read_text(encoding='utf-8')
+    path = root/path_of(module)
+    text = path.read_text(encoding='utf-8')
     marks = list(re.finditer(r'^# %% (\S+\.ipynb) #(\w+)\n', text, re.M))
     for m,after in zip(marks, [*marks[1:], None]):
         code = text[m.end():after.start() if after else len(text)]
-        yield (root/'adverfine'/m[1]).resolve().relative_to(root),m[2],text.count('\n', 0, m.end())+1,code.rstrip('\n')
+        yield (path.parent/m[1]).resolve().relative_to(root),m[2],text.count('\n', 0, m.end())+1,code.rstrip('\n')
+
+def stages_of(module, pages=True):
+    "What to run for `module`: its page, and its tests"
+    page = next(exported(module))[0].as_posix()
+    return [page]*pages + belongs[module]
 
 def _faults(node, source):
     "Each fault of one node, as (start, end, new text)"
@@ -163,7 +229,7 @@ def _spoil(tree, mutant):
     "Put the fault into module and notebook; what undoes it"
     nb,_,_,code = next(o for o in exported(mutant.module) if o[1]==mutant.cell)
     bad = code[:mutant.start] + mutant.new + code[mutant.end:]
-    files = {f: (tree/f).read_text(encoding='utf-8') for f in (Path('adverfine')/f'{mutant.module}.py', nb)}
+    files = {f: (tree/f).read_text(encoding='utf-8') for f in (path_of(mutant.module), nb)}
     module,page = files
     head = f'#{mutant.cell}\n'
     assert files[module].count(head+code)==1
@@ -327,7 +393,7 @@ def main():
         try:
             for t in trees: _copy(t)
             for m,f in todo: f.parent.mkdir(exist_ok=True)
-            stages = {module: [o for o in belongs[module] if not (a.no_pages and o.endswith('.ipynb'))]
+            stages = {module: stages_of(module, pages=not a.no_pages)
                 for module in dict.fromkeys(m.module for m,_ in todo)}
             runs = list(dict.fromkeys(what for found in stages.values() for what in found))
             _parallel(trees, _measure, runs, mp.Value('i', 0), work)

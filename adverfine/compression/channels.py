@@ -18,33 +18,47 @@ from ..networks.layers import multiplying
 from ..networks.attention import head_projections
 
 # %% ../../nbs/compression/00_channels.ipynb #22f852fc
-def layers_that_run(model, x):
-    "The convolutions and linear layers of `model`, in the order in which they run on `x`"
-    ran,hooks = [],[]
+def layers_that_run(
+    model:nn.Module, # A network
+    x:Tensor, # A batch (N,C,H,W) as it wants it
+) -> list: # Modules, each once
+    "The convolutions and linear layers of `model`, in the order in which they first run on `x`"
+    ran = {}        # a set that keeps its order
+    hooks = []
+    def note(m, *_): ran[m] = True
     try:
         for m in model.modules():
-            if isinstance(m, multiplying): hooks.append(m.register_forward_hook(lambda m, *_: ran.append(m)))
+            if isinstance(m, multiplying): hooks.append(m.register_forward_hook(note))
         with evaluating(model), torch.no_grad(): model(x)
     finally:
         for h in hooks: h.remove()
-    return list(dict.fromkeys(ran))
+    return list(ran)
 
+# %% ../../nbs/compression/00_channels.ipynb #c40683f2
 def _check_layers(model, layers):
+    "Raise a `ValueError` unless channels of `layers`, those that run, can go without damage to parameters"
     if len(layers)<2:
-        raise ValueError(f"{type(model).__name__} has no prunable layers: it takes a convolution or linear layer besides the head, and {len(layers)} of them ran")
-    names,owners = {m: n for n,m in model.named_modules()},{}
+        raise ValueError(f"{type(model).__name__} has no prunable layers: it takes a convolution or linear layer "
+                         f"besides the head, and {len(layers)} of them ran")
+    names = {m: n for n,m in model.named_modules()}
+    owners = {}
     for m in layers:
         extra = {n.split('.')[0] for n,_ in m.named_parameters()} - {'weight', 'bias'}
-        if extra: raise ValueError(f"layer '{names[m]}' ({type(m).__name__}) has more than a weight and a bias ({', '.join(sorted(extra))}): prune before quantizing, and remove parametrizations first")
+        if extra:
+            raise ValueError(f"layer '{names[m]}' ({type(m).__name__}) has more than a weight and a bias "
+                             f"({', '.join(sorted(extra))}): "
+                             "prune before quantizing, and remove parametrizations first")
         for p in m.parameters(recurse=False):
-            if owners.setdefault(p, m) is not m: raise ValueError(f"layers '{names[owners[p]]}' and '{names[m]}' share a parameter, and pruning would part them: give each its own")
+            if owners.setdefault(p, m) is not m:
+                raise ValueError(f"layers '{names[owners[p]]}' and '{names[m]}' share a parameter, "
+                                 "and pruning would part them: give each its own")
 
 # %% ../../nbs/compression/00_channels.ipynb #4db9a623
 @contextmanager
 def traceable(
     model:nn.Module, # A network
 ):
-    "Every parameter asks for a gradient inside (what is frozen is invisible to the tracer), and nothing is compiled; flags return, to the heirs too"
+    "Inside, every parameter asks for a gradient, nothing is compiled, and `model` is in eval mode; all is restored"
     flags = {n: p.requires_grad for n,p in model.named_parameters()}
     compiled = {m: vars(m).pop('_compiled_call_impl') for m in model.modules() if vars(m).get('_compiled_call_impl')}
     with evaluating(model), torch.enable_grad():
@@ -65,77 +79,111 @@ class Group:
     n:int         # How many there were at first, in each of `copies`
     copies:int    # Grouped convolutions want the same channels to go in each of their groups
 
+    least = 0     # So many stay, whatever share is to go
+
     @property
     def name(self): return self.layers[0]
 
-    least = 0     # So many stay, whatever the level
-
     def scores(self, graph, importance):
-        "The importance of each channel"
-        group = graph.get_pruning_group(self.root, graph.get_pruner_of_module(self.root).prune_out_channels, list(range(graph.get_out_channels(self.root))))
-        return importance(group).detach().cpu().view(self.copies, -1).mean(0)
+        "The importance of each channel (n,), as a mean over the copies"
+        prune = graph.get_pruner_of_module(self.root).prune_out_channels
+        channels = list(range(graph.get_out_channels(self.root)))
+        tied = graph.get_pruning_group(self.root, prune, channels)
+        return importance(tied).detach().cpu().view(self.copies, -1).mean(0)
 
     def cut(self, gone, n):
-        "What goes, as torch-pruning writes it down: (layer, of its outputs, channels)"
+        "What goes of `n` channels, as torch-pruning writes it down: (layer, of its outputs, channels)"
         return self.path,True,[i+copy*n for copy in range(self.copies) for i in gone]
 
+# %% ../../nbs/compression/00_channels.ipynb #0b8b3c0a
 class Heads(Group):
     "The heads of one attention"
     least = 1
 
     def scores(self, graph, importance):
-        "The importance of each head"
+        "The importance of each head (n,), as a mean over its channels"
         proj,out = head_projections(self.root)
-        width,group = out.in_features,tp.Group()
-        for m,prune,start in (proj, tp.prune_linear_out_channels, 0), (proj, tp.prune_linear_out_channels, width), (proj, tp.prune_linear_out_channels, 2*width), (out, tp.prune_linear_in_channels, 0):
-            group.add_dep(tp.Dependency(prune, prune, graph.module2node[m], graph.module2node[m]), list(range(start, start+width)))
-            group[-1].root_idxs = list(range(width))
-        return importance(group).detach().cpu().view(self.root.num_heads, -1).mean(1)
+        width = out.in_features
+        rows,columns = tp.prune_linear_out_channels,tp.prune_linear_in_channels
+        queries,keys,values = ((proj, rows, start) for start in (0, width, 2*width))
+        tied = tp.Group()
+        for m,prune,start in queries,keys,values,(out, columns, 0):
+            node = graph.module2node[m]
+            tied.add_dep(tp.Dependency(prune, prune, node, node), list(range(start, start+width)))
+            tied[-1].root_idxs = list(range(width))
+        return importance(tied).detach().cpu().view(self.root.num_heads, -1).mean(1)
 
-    def cut(self, gone, n): return self.path,'heads',gone
+    def cut(self, gone, n):
+        "What goes: (attention, that these are heads, heads)"
+        return self.path,'heads',gone
 
 # %% ../../nbs/compression/00_channels.ipynb #344f90dd
 def _tied_to(graph, root, layers):
     "Whether the outputs of `root` may be tied to those of one of `layers`, modules or parameters"
     start = graph.module2node[root],graph.get_pruner_of_module(root).prune_out_channels
-    seen,todo = {start},[start]
+    seen = {start}
+    todo = [start]
     while todo:
-        node,fn = todo.pop()
+        node,prune = todo.pop()
         for dep in node.dependencies:
-            to = dep.target,dep.handler
-            if not dep.is_triggered_by(fn) or to in seen: continue
-            if dep.target.module in layers and (isinstance(dep.target.module, nn.Parameter) or graph.is_out_channel_pruning_fn(dep.handler)): return True
-            seen.add(to); todo.append(to)
+            reached = dep.target,dep.handler
+            if not dep.is_triggered_by(prune) or reached in seen: continue
+            m = dep.target.module
+            is_output = isinstance(m, nn.Parameter) or graph.is_out_channel_pruning_fn(dep.handler)
+            if m in layers and is_output: return True
+            seen.add(reached)
+            todo.append(reached)
     return False
 
-def _is_depthwise(m): return getattr(m, 'groups', 1)==getattr(m, 'out_channels', 0)
+def _fixed_layers(model, graph, layers, attentions):
+    "Modules whose outputs stay: the head, attentions, and the layers that are tied to these"
+    fixed = [layers[-1], *attentions, *(o for m in attentions for o in m.children() if isinstance(o, nn.Linear))]
+    if attentions:     # torch-pruning follows a long residual stream through windows and shifts for ever
+        stay = {*fixed, *(p for m in attentions for p in m.parameters())}
+        fixed += [m for m in layers if m not in fixed and _tied_to(graph, m, stay)]
+    return fixed
+
+# %% ../../nbs/compression/00_channels.ipynb #fd36a4d9
+def _group_of(graph, tied, layers, names):
+    "The `Group` of `tied`, which torch-pruning found"
+    root = tied[0].dep.target.module
+    members = []
+    copies = 1
+    for dep,_ in tied:
+        m = dep.target.module
+        out = graph.is_out_channel_pruning_fn(dep.handler)
+        if out and m in layers: members.append(m)
+        depthwise = getattr(m, 'groups', 1)==getattr(m, 'out_channels', 0)
+        if not depthwise:
+            pruner = graph.get_pruner_of_module(m)
+            copies = max(copies, pruner.get_out_channel_groups(m) if out else pruner.get_in_channel_groups(m))
+    n = graph.get_out_channels(root)//copies
+    return Group(root, names[root], [names[m] for m in layers if m in members], n, copies)
 
 # %% ../../nbs/compression/00_channels.ipynb #57a5b8c0
 def channel_groups(
     model:nn.Module, # A network inside of `traceable`
-    x:Tensor, # A batch as it wants it
+    x:Tensor, # A batch (N,C,H,W) as it wants it
 ) -> tuple: # The dependencies by torch-pruning, and a list of `Group`
     "What depends on what in `model`, and the groups that may be cut, as they run"
     layers = layers_that_run(model, x)
     _check_layers(model, layers)
     try: graph = tp.DependencyGraph().build_dependency(model, x, verbose=False)
-    except Exception as e: raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {extract_tb(e.__traceback__)[-1].name} fails ({type(e).__name__}: {e})") from e
-    names,groups = {m: n for n,m in model.named_modules()},[]
+    except Exception as e:
+        where = extract_tb(e.__traceback__)[-1].name
+        raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {where} fails "
+                         f"({type(e).__name__}: {e})") from e
+    names = {m: n for n,m in model.named_modules()}
     attentions = [m for m in model.modules() if isinstance(getattr(m, 'num_heads', None), int)]
-    fixed = [layers[-1], *attentions, *(o for m in attentions for o in m.children() if isinstance(o, nn.Linear))]
-    if attentions:     # what is tied to them stays, and torch-pruning follows a long stream through windows and shifts for ever
-        stay = {*fixed, *(p for m in attentions for p in m.parameters())}
-        fixed += [m for m in layers if m not in fixed and _tied_to(graph, m, stay)]
-    for g in graph.get_all_groups(ignored_layers=fixed, root_module_types=list(multiplying)):
-        root,copies,members = g[0].dep.target.module,1,[]
-        for dep,_ in g:
-            m,out = dep.target.module,graph.is_out_channel_pruning_fn(dep.handler)
-            if out and m in layers: members.append(m)
-            if not _is_depthwise(m):
-                pruner = graph.get_pruner_of_module(m)
-                copies = max(copies, (pruner.get_out_channel_groups if out else pruner.get_in_channel_groups)(m))
-        groups.append(Group(root, names[root], [names[m] for m in layers if m in members], graph.get_out_channels(root)//copies, copies))
-    groups += [Heads(m, names[m], [names[m]], m.num_heads, 1) for m in attentions if head_projections(m) and head_projections(m)[0] in layers]
-    if not groups: raise ValueError(f"{type(model).__name__} has no channels that may be cut: all are tied to its inputs, its head or its attention")
+    fixed = _fixed_layers(model, graph, layers, attentions)
+    found = graph.get_all_groups(ignored_layers=fixed, root_module_types=list(multiplying))
+    groups = [_group_of(graph, tied, layers, names) for tied in found]
+    for m in attentions:
+        projections = head_projections(m)
+        if projections and projections[0] in layers: groups.append(Heads(m, names[m], [names[m]], m.num_heads, 1))
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no channels that may be cut: "
+                         "all are tied to its inputs, its head or its attention")
     order = [names[m] for m in layers]
-    return graph,sorted(groups, key=lambda g: min(i for i,n in enumerate(order) if n in g.layers or n.startswith(f'{g.name}.')))
+    def place(g): return min(i for i,n in enumerate(order) if n in g.layers or n.startswith(f'{g.name}.'))
+    return graph,sorted(groups, key=place)

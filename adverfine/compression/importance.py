@@ -1,4 +1,4 @@
-"""How important each channel is
+"""How important each channel of a network is: norms, BatchNorm scales, or gradients
 
 Docs: https://adverfine.github.io/adverfine/compression/importance.html.md"""
 
@@ -10,6 +10,7 @@ __all__ = ['criteria', 'Taylor', 'importance_by', 'channel_scores']
 # %% ../../nbs/compression/01_importance.ipynb #9e7e3104
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 import torch, torch_pruning as tp
 from fastai.learner import Learner
 from fastai.torch_core import no_random
@@ -20,35 +21,46 @@ from ..data.pixels import training_batches
 from ..attacks.attack import Attack
 
 # %% ../../nbs/compression/01_importance.ipynb #f347112e
-class _Scale(tp.importance.GroupMagnitudeImportance):
-    def __init__(self): super().__init__(p=1, target_types=list(batch_norms)); self.norm = tp.importance.GroupMagnitudeImportance(p=1)
+class _BatchNormScale(tp.importance.GroupMagnitudeImportance):
+    "The scales of a group's BatchNorms, or the L1 norm of a group that has none"
+    def __init__(self):
+        super().__init__(p=1, target_types=list(batch_norms))
+        self.l1 = tp.importance.GroupMagnitudeImportance(p=1)
     def __call__(self, group):
-        found = super().__call__(group)
-        return self.norm(group) if found is None else found
+        scales = super().__call__(group)
+        return self.l1(group) if scales is None else scales
 
-class _Random(tp.importance.Importance):
+class _RandomOrder(tp.importance.Importance):
+    "Random importances, the same ones each time"
     def __init__(self): self.rng = torch.Generator().manual_seed(0)
     def __call__(self, group): return torch.rand(len(group[0].idxs), generator=self.rng)
 
-criteria = dict(l1=lambda: tp.importance.GroupMagnitudeImportance(p=1), l2=lambda: tp.importance.GroupMagnitudeImportance(p=2), bn=_Scale, random=_Random)
+criteria = dict(l1=partial(tp.importance.GroupMagnitudeImportance, p=1),
+                l2=partial(tp.importance.GroupMagnitudeImportance, p=2),
+                bn=_BatchNormScale, random=_RandomOrder)
 
 # %% ../../nbs/compression/01_importance.ipynb #eae84917
 @dataclass(frozen=True)
 class Taylor:
-    "How much the loss would change without a channel, to first order; [arXiv 1906.10771](https://arxiv.org/abs/1906.10771)"
+    "How much the loss would change without a channel, to first order"
     attack:Attack=None  # Take the loss on images that it has attacked; default: on clean ones
     n_batches:int=4     # Training batches to look at
 
-    def gradients(self, learn):
-        "The gradient of the loss for each parameter of the network, in eval mode"
-        model,space = bare(learn.model),pixel_space(learn.dls)
-        params,total = list(model.parameters()),{}
+    def gradients(self,
+        learn:Learner, # Whose network, images and loss are looked at; nothing in it changes
+    ) -> dict: # parameter -> gradient, zeros where the loss does not depend on it
+        "The gradient of the loss for each parameter of the network, in eval mode, summed over the batches"
+        model = bare(learn.model)
+        space = pixel_space(learn.dls)
+        params = list(model.parameters())
+        total = {}
         with no_random(0), evaluating(model):
             for x,y in training_batches(learn, self.n_batches):
                 if self.attack is not None:
                     with frozen(model): x = space.from_pixels(self.attack(space.wrap(model), space.to_pixels(x), y))
-                grads = torch.autograd.grad(learn.loss_func(model(x), y), params, allow_unused=True)
-                for p,g in zip(params, grads): total[p] = total.get(p, 0) + (torch.zeros_like(p) if g is None else g)
+                loss = learn.loss_func(model(x), y)
+                grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+                for p,g in zip(params, grads): total[p] = total.get(p, 0) + g
         return total
 
 # %% ../../nbs/compression/01_importance.ipynb #804dc3d5
@@ -58,8 +70,11 @@ def importance_by(
     learn:Learner|None, # Whose images and loss `Taylor` looks at
 ):
     "The function that ranks a group of torch-pruning's, by `criterion`"
-    if not isinstance(criterion, Taylor): yield criteria[criterion](); return
-    if learn is None: raise ValueError("the criterion 'taylor' needs images and a loss: use learn.prune or StructuredPruning")
+    if not isinstance(criterion, Taylor):
+        yield criteria[criterion]()
+        return
+    if learn is None:
+        raise ValueError("the criterion 'taylor' needs images and a loss: use learn.prune or StructuredPruning")
     total = criterion.gradients(learn)
     own = {p: p.grad for p in total}
     try:
@@ -68,13 +83,17 @@ def importance_by(
     finally:
         for p,g in own.items(): p.grad = g
 
+# %% ../../nbs/compression/01_importance.ipynb #93095d16
 def channel_scores(
     graph, # Of `channel_groups`
     groups:list, # Of `channel_groups`
     importance, # Of `importance_by`
-) -> list: # A tensor for each group
+) -> list: # A tensor for each group, a number for each of its channels or heads
     "How important every channel or head is"
-    def score(g):
-        try: return g.scores(graph, importance)
-        except (IndexError, RuntimeError, TypeError) as e: raise ValueError(f"torch-pruning cannot tell what the channels of layer '{g.name}' are worth ({type(e).__name__}: {e}): it misread how they are used") from e
-    return [score(g) for g in groups]
+    scores = []
+    for g in groups:
+        try: scores.append(g.scores(graph, importance))
+        except (IndexError, RuntimeError, TypeError) as e:
+            raise ValueError(f"torch-pruning cannot tell what the channels of layer '{g.name}' are worth "
+                             f"({type(e).__name__}: {e}): it misread how they are used") from e
+    return scores

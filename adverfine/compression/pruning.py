@@ -8,9 +8,10 @@ Docs: https://adverfine.github.io/adverfine/compression/pruning.html.md"""
 __all__ = ['schedules', 'prune', 'StructuredPruning']
 
 # %% ../../nbs/compression/04_pruning.ipynb #ee933063
+from collections import defaultdict
 from dataclasses import replace
 from torch import nn, Tensor
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
 from fastai.learner import Learner
@@ -25,72 +26,100 @@ from .plan import PruningPlan
 from .cuts import carry_out, cuts_of, make_cuts, rehearse, shadow
 
 # %% ../../nbs/compression/04_pruning.ipynb #04232d76
+def _memories(opt):
+    "What `opt` remembers in the shape of its parameters, such as momentum: key -> {parameter: tensor}"
+    found = defaultdict(dict)
+    for state in opt.state, getattr(opt, 'opt', opt).state:     # inside an `OptimWrapper` is an optimizer of PyTorch
+        for p,memory in state.items():
+            for key,value in memory.items():
+                if isinstance(value, Tensor) and value.shape==p.shape: found[key][p] = value
+    return found
+
+def _cut_with_state(model, graph, x, cuts, opt):
+    "Make the `cuts` in `model`, and in what `opt` remembers of its parameters"
+    old = dict(model.named_parameters())
+    names = {p: n for n,p in old.items()}
+    memories = _memories(opt) if opt is not None else {}
+    shadows = {key: carry_out(shadow(model, tensors), x, cuts) for key,tensors in memories.items()}
+    make_cuts(graph, cuts)
+    heirs = {}
+    for n,p in old.items():
+        new = model.get_parameter(n)
+        if new is not p: heirs[p] = new
+    def remembered(p, key, tensor): return shadows[key].get_parameter(names[p]).detach().clone()
+    adopt(opt, heirs, state=remembered)
+
+# %% ../../nbs/compression/04_pruning.ipynb #46532d8d
 class _Pruner:
     "Carries out a plan, all at once or by and by"
     def __init__(self, model, plan, x, learn=None):
+        store_attr('model,x,learn')
         with opened(model, x), traceable(model):
             self.graph,self.groups = channel_groups(model, x)
-            with importance_by(plan.criterion, learn) as importance: scores = channel_scores(self.graph, self.groups, importance)
-            if plan.macs is not None: plan = self._with_level(model, plan, x, scores)
-            else: rehearse(model, x, cuts_of(self.groups, scores, plan.left(self.groups, scores)))
-        self.model,self.plan,self.x,self.learn = model,plan,x,learn
+            scores = self._scores(plan)
+            if plan.keep_macs is not None: plan = self._with_share(plan, scores)
+            else: self._macs_after(plan, scores)
+        self.plan = plan
 
-    def _with_level(self, model, plan, x, scores):
-        "The plan with the level that leaves the MACs it asks for"
-        full,tried,lo,hi = macs(model, x),{},0.,1.
+    def _scores(self, plan):
+        with importance_by(plan.criterion, self.learn) as importance:
+            return channel_scores(self.graph, self.groups, importance)
+
+    def _macs_after(self, plan, scores):
+        return rehearse(self.model, self.x, cuts_of(self.groups, scores, plan.kept(self.groups, scores)))
+
+    def _with_share(self, plan, scores):
+        "The plan with the share that keeps the MACs it asks for"
+        full = macs(self.model, self.x)
+        tried = {}                       # share of channels to remove -> share of MACs that are kept
+        lo,hi = 0.,1.
+        def off(share): return abs(tried[share]-plan.keep_macs)
         for _ in range(10):
-            level = (lo+hi)/2
-            trial = replace(plan, level=level, macs=None)
-            try: tried[level] = rehearse(model, x, cuts_of(self.groups, scores, trial.left(self.groups, scores)))/full
+            share = (lo+hi)/2
+            try: tried[share] = self._macs_after(replace(plan, share=share, keep_macs=None), scores)/full
             except ValueError:
                 if not tried and hi-lo<.01: raise
-                hi = level
+                hi = share
                 continue
-            if abs(tried[level]-plan.macs)<.002: break
-            if tried[level]>plan.macs: lo = level
-            else: hi = level
-        best = min(tried, key=lambda o: abs(tried[o]-plan.macs))
-        if abs(tried[best]-plan.macs)>.02: raise ValueError(f"macs={plan.macs} cannot be had: the nearest that pruning reaches is {tried[best]:.3f}")
-        return replace(plan, level=best, macs=None)
+            if off(share)<.002: break
+            if tried[share]>plan.keep_macs: lo = share
+            else: hi = share
+        best = min(tried, key=off)
+        if off(best)>.02:
+            raise ValueError(f"keep_macs={plan.keep_macs} cannot be had: "
+                             f"the nearest that pruning reaches is {tried[best]:.3f}")
+        return replace(plan, share=best, keep_macs=None)
 
-    def cut(self, share=1., opt=None):
-        "Cut until `share` of the plan is carried out; what `opt` knows of the parameters goes to their heirs"
-        with traceable(self.model):
-            with importance_by(self.plan.criterion, self.learn) as importance: scores = channel_scores(self.graph, self.groups, importance)
-            self._apply(cuts_of(self.groups, scores, self.plan.left(self.groups, scores, share)), opt)
-
-    def _apply(self, cuts, opt):
-        states = {id(o): o for o in (opt.state, getattr(opt, 'opt', opt).state)}.values() if opt is not None else ()
-        old = dict(self.model.named_parameters())
-        slots = {k: {p: s[k] for states_ in states for p,s in states_.items() if k in s}
-                 for k in {k for o in states for p,s in o.items() for k,v in s.items() if isinstance(v, Tensor) and v.shape==p.shape}}
-        shadows = {k: dict(carry_out(shadow(self.model, fill), self.x, cuts).named_parameters()) for k,fill in slots.items()}
-        make_cuts(self.graph, cuts)
-        names = {p: n for n,p in old.items()}
-        adopt(opt, {p: new for n,p in old.items() if (new := self.model.get_parameter(n)) is not p},
-              state=lambda p, key, t: shadows[key][names[p]].detach().clone())
+# %% ../../nbs/compression/04_pruning.ipynb #da55cfcc
+@patch
+def cut(self:_Pruner, progress=1., opt=None):
+    "Cut until `progress` of the plan is carried out; what `opt` knows of the parameters goes to their heirs"
+    with traceable(self.model):
+        scores = self._scores(self.plan)
+        cuts = cuts_of(self.groups, scores, self.plan.kept(self.groups, scores, progress))
+        _cut_with_state(self.model, self.graph, self.x, cuts, opt)
 
 # %% ../../nbs/compression/04_pruning.ipynb #ef1917ba
 @delegates(PruningPlan)
 def prune(
     model:nn.Module, # The network, changed in place
-    level:float|dict|None, # Share of the channels that go; or for single layers: name or pattern -> share
+    share:float|dict|None, # Share of the channels to remove; or for single layers: name or pattern -> share
     x:Tensor, # An example batch (N,C,H,W) as the network wants it, to trace with
-    **kwargs # `macs`, `criterion`, `scope`, `floor` and `round_to` of a `PruningPlan`
+    **kwargs # `keep_macs`, `criterion`, `scope`, `floor` and `round_to` of a `PruningPlan`
 ) -> nn.Module: # `model`
     "Remove the least important channels from every layer but the head"
-    _Pruner(bare(model), PruningPlan(level, **kwargs), x).cut()
+    _Pruner(bare(model), PruningPlan(share, **kwargs), x).cut()
     return model
 
 # %% ../../nbs/compression/04_pruning.ipynb #95c94f67
 @patch
 @delegates(PruningPlan)
-def prune(self:Learner,
-    level:float|dict=None, # Share of the channels that go; or for single layers: name or pattern -> share
-    **kwargs # `macs`, `criterion`, `scope`, `floor` and `round_to` of a `PruningPlan`
+def prune(self:Learner,  # noqa: F811 the function goes on; this is the method of its name
+    share:float|dict=None, # Share of the channels to remove; or for single layers: name or pattern -> share
+    **kwargs # `keep_macs`, `criterion`, `scope`, `floor` and `round_to` of a `PruningPlan`
 ) -> Learner:
     "Remove the least important channels from every layer but the head; the optimizer goes on with what is left"
-    _Pruner(bare(self.model), PruningPlan(level, **kwargs), example_images(self), self).cut(opt=self.opt)
+    _Pruner(bare(self.model), PruningPlan(share, **kwargs), example_images(self), self).cut(opt=self.opt)
     return self
 
 # %% ../../nbs/compression/04_pruning.ipynb #385b5721
@@ -99,14 +128,17 @@ schedules = dict(one_shot=lambda t: 1., iterative=lambda t: t, cubic=lambda t: 1
 @delegates(PruningPlan)
 class StructuredPruning(Callback):
     "Prune during a fit, at the start of its epochs"
-    order,run_valid = -5,False
+    order = -5
+    run_valid = False
     def __init__(self,
-        level:float|dict=None, # Share of the channels that are gone in the end; or for single layers: name or pattern -> share
+        share:float|dict=None, # Share of the channels to remove in all; or for single layers: name or pattern -> share
         schedule:str='iterative', # 'one_shot', 'iterative' or 'cubic'
-        **kwargs # `macs`, `criterion`, `scope`, `floor` and `round_to` of a `PruningPlan`
+        **kwargs # `keep_macs`, `criterion`, `scope`, `floor` and `round_to` of a `PruningPlan`
     ):
-        if schedule not in schedules: raise ValueError(f"schedule={schedule!r} is unknown: use one of {', '.join(schedules)}")
-        self.plan,self.schedule = PruningPlan(level, **kwargs),schedules[schedule]
+        if schedule not in schedules:
+            raise ValueError(f"schedule={schedule!r} is unknown: use one of {', '.join(schedules)}")
+        self.plan = PruningPlan(share, **kwargs)
+        self.schedule = schedules[schedule]
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')

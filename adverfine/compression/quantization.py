@@ -9,6 +9,7 @@ __all__ = ['quantized_classes', 'QuantConv2d', 'QuantLinear', 'QuantBatchNorm2d'
 
 # %% ../../nbs/compression/07_quantization.ipynb #aaf83822
 import copy, operator, warnings
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 import torch, torch.nn.functional as F
 from torch import fx, nn
@@ -23,9 +24,10 @@ from .quantizers import calibrations, check_bits, Quantizer
 
 # %% ../../nbs/compression/07_quantization.ipynb #25ca21cc
 class _QuantLayer:
-    "What the quantized layers have in common"
+    "What the layers have in common whose weights are rounded"
     def storage_bytes(self):
-        floats = self.w_quant.start.numel() + self.x_quant.start.numel() + (self.bias.numel() if self.bias is not None else 0)
+        floats = self.w_quant.start.numel() + self.x_quant.start.numel()
+        if self.bias is not None: floats += self.bias.numel()
         return -(-self.weight.numel()*self.w_quant.bits//8) + 4*floats
 
 class QuantConv2d(_QuantLayer, nn.Conv2d):
@@ -40,15 +42,17 @@ class QuantBatchNorm2d(nn.BatchNorm2d):
     "A BatchNorm whose output, a term of a sum, is rounded by `y_quant`"
     def forward(self, x):
         out = self.y_quant(super().forward(x))
-        return out.clone() if out.requires_grad else out    # sums are often taken in place, and the gradient of the step needs what was rounded
+        # sums are often taken in place, and the gradient of the step size needs what was rounded
+        return out.clone() if out.requires_grad else out
 
-quantized_classes = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.BatchNorm2d: QuantBatchNorm2d}   # what each layer becomes
-_floats = {v: k for k,v in quantized_classes.items()}
-_twins = {k: v for k,v in quantized_classes.items() if issubclass(v, _QuantLayer)}
+_weighted_classes = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+quantized_classes = {**_weighted_classes, nn.BatchNorm2d: QuantBatchNorm2d}    # what each layer becomes
+_float_classes = {quantized: plain for plain,quantized in quantized_classes.items()}
 
 # %% ../../nbs/compression/07_quantization.ipynb #6efc96e9
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m, name): return type(m) in _floats or super().is_leaf_module(m, name)
+class _QuantTracer(fx.Tracer):
+    "To it a quantized layer is one call"
+    def is_leaf_module(self, m, name): return type(m) in _float_classes or super().is_leaf_module(m, name)
 
 def traced(
     model:nn.Module, # A network, perhaps quantized
@@ -56,111 +60,158 @@ def traced(
 ) -> fx.Graph|None: # None if it has no BatchNorm, or cannot be traced
     "What calls what in `model`, a quantized layer being one call; warns if its BatchNorms cannot be found"
     if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()): return None
-    try: return _Tracer().trace(copy.deepcopy(model))    # networks that keep what they compute would keep symbols
-    except Exception as e: # a forward may do anything to the symbols that are put through it
-        warnings.warn(f"torch.fx cannot trace {type(model).__name__} ({type(e).__name__}: {' '.join(str(e).split()[:12])}), so {left_out}")
+    try: return _QuantTracer().trace(copy.deepcopy(model))    # networks that keep what they compute would keep symbols
+    except Exception as e:      # a forward may do anything to the symbols that are put through it
+        why = ' '.join(str(e).split()[:12])
+        warnings.warn(f"torch.fx cannot trace {type(model).__name__} ({type(e).__name__}: {why}), so {left_out}")
 
-def _terms(model):
+def _summed_norms(model):
     "Each BatchNorm whose output is a term of a sum, and nothing else"
-    modules = dict(model.named_modules())
     graph = traced(model, "what its BatchNorms feed into additions stays float32: sums=False says so")
-    added = [n for n in graph.nodes if n.op in ('call_function', 'call_method') and n.target in (operator.add, operator.iadd, torch.add, 'add', 'add_')] if graph else []
-    return [modules[n.target] for o in added for n in o.all_input_nodes if n.op=='call_module' and isinstance(modules[n.target], nn.BatchNorm2d) and modules[n.target].affine and len(n.users)==1]
+    if graph is None: return []
+    modules = dict(model.named_modules())
+    additions = operator.add,operator.iadd,torch.add,'add','add_'
+    def adds(node): return node.op in ('call_function', 'call_method') and node.target in additions
+    def is_norm(node):
+        m = modules[node.target] if node.op=='call_module' else None
+        return isinstance(m, nn.BatchNorm2d) and m.affine and len(node.users)==1
+    return [modules[o.target] for node in graph.nodes if adds(node) for o in node.all_input_nodes if is_norm(o)]
 
 # %% ../../nbs/compression/07_quantization.ipynb #c8d3fc5b
 class _Sample:
-    "Hook that gathers a sample of what a layer is fed, and notes in `ran` that it ran"
-    def __init__(self, ran, size=2**16): self.ran,self.size,self.seen,self.top,self.signed = ran,size,[],0.,False
-    def __call__(self, m, inputs):
-        self.ran.append(m)
-        x = inputs[0].detach().float().flatten()
-        if not torch.isfinite(x).all(): raise ValueError("calibration images lead to NaN or infinite values: look at them with torch.isfinite")
-        self.seen.append(x[torch.randint(len(x), (self.size,), generator=torch.Generator().manual_seed(0)).to(x.device)])
-        self.top,self.signed = max(self.top, x.abs().max().item()),self.signed or bool((x<0).any())
-    def watch(self, m, output): return m.register_forward_hook(lambda m, i, out: self(m, (out,))) if output else m.register_forward_pre_hook(self)
-    def values(self): return torch.cat([*self.seen, self.seen[0].new_tensor([self.top])])[None]
+    "A sample of the values that reach a layer, their largest magnitude, and whether any is negative"
+    size = 2**16        # values of each batch
+    def __init__(self):
+        self.drawn = []
+        self.top = 0.
+        self.signed = False
 
-def _gather(model, layers, terms, batches):
-    "What each of `layers` is fed, and each of `terms` gives, when the float network looks at `batches`; and the layers that ran, in that order"
-    ran = []
-    samples = {m: _Sample(ran) for m in layers} | {m: _Sample([]) for m in terms}
-    hooks = [samples[m].watch(m, m in terms) for m in samples]
-    classes = {m: type(m) for m in model.modules() if type(m) in _floats}
+    def add(self, x):
+        x = x.detach().float().flatten()
+        if not torch.isfinite(x).all():
+            raise ValueError("calibration images lead to NaN or infinite values: look at them with torch.isfinite")
+        places = torch.randint(len(x), (self.size,), generator=torch.Generator().manual_seed(0))
+        self.drawn.append(x[places.to(x.device)])
+        self.top = max(self.top, x.abs().max().item())
+        self.signed = self.signed or bool((x<0).any())
+
+    def values(self):
+        "All of them, (1, n)"
+        return torch.cat([*self.drawn, self.drawn[0].new_tensor([self.top])])[None]
+
+# %% ../../nbs/compression/07_quantization.ipynb #9ca7bb92
+@contextmanager
+def _in_floats(model):
+    "Fake-quantized layers do not round inside"
+    quantized = {m: type(m) for m in model.modules() if type(m) in _float_classes}
     try:
-        for m,cls in classes.items(): m.__class__ = _floats[cls]
-        with evaluating(model), torch.no_grad():
+        for m,cls in quantized.items(): m.__class__ = _float_classes[cls]
+        yield
+    finally:
+        for m,cls in quantized.items(): m.__class__ = cls
+
+def _samples(model, layers, norms, batches):
+    "What each of `layers` is fed, and each of `norms` gives; and the layers that ran, in that order"
+    samples = {m: _Sample() for m in (*layers, *norms)}
+    ran = {}            # a set that keeps its order
+    hooks = []
+    def note_input(m, inputs):
+        ran[m] = True
+        samples[m].add(inputs[0])
+    def note_output(m, inputs, output): samples[m].add(output)
+    try:
+        for m in layers: hooks.append(m.register_forward_pre_hook(note_input))
+        for m in norms: hooks.append(m.register_forward_hook(note_output))
+        with _in_floats(model), evaluating(model), torch.no_grad():
             for x in batches:
                 try: model(x)
-                except RuntimeError as e: raise ValueError(f"calibration images of shape {tuple(x.shape)} do not go through {type(model).__name__} ({e}): give batches as it wants them") from e
+                except RuntimeError as e:
+                    raise ValueError(f"calibration images of shape {tuple(x.shape)} do not go through "
+                                     f"{type(model).__name__} ({e}): give batches as it wants them") from e
     finally:
         for h in hooks: h.remove()
-        for m,cls in classes.items(): m.__class__ = cls
-    return samples,list(dict.fromkeys(ran))
+    return samples,list(ran)
 
 # %% ../../nbs/compression/07_quantization.ipynb #164d6f51
-def _bits_of(names, bits, ran, ends, layers):
-    "Bits of weights and inputs for each layer that ran"
+def _chosen_bits(names, bits, ran, ends, layers):
+    "Bits of weights and inputs for each layer that ran: `bits`, unless `ends` or `layers` say otherwise"
     chosen = {m: check_bits(bits) for m in ran}
-    if ends is not None: chosen[ran[0]] = chosen[ran[-1]] = check_bits(ends)
+    if ends is not None:
+        for m in ran[0],ran[-1]: chosen[m] = check_bits(ends)
     for pattern,b in (layers or {}).items():
         found = [m for m in ran if fnmatchcase(names[m], pattern)]
-        if not found: raise ValueError(f"no layer that runs is called {pattern!r}: there are {', '.join(names[m] for m in ran)}")
-        chosen.update({m: check_bits(b) for m in found})
+        if not found:
+            known = ', '.join(names[m] for m in ran)
+            raise ValueError(f"no layer that runs is called {pattern!r}: there are {known}")
+        for m in found: chosen[m] = check_bits(b)
     return chosen
 
+# %% ../../nbs/compression/07_quantization.ipynb #ecdfbbff
+def _add_quantizer(m, name, quantizer, step):
+    "Let `m` round by `quantizer`, beginning at the step size `step`; its parameter, unless it was there before"
+    earlier = getattr(m, name, None)
+    quantizer.to(m.weight.device)
+    if earlier is not None: quantizer.log_gain = earlier.log_gain
+    quantizer.begin(step)
+    setattr(m, name, quantizer)
+    return (quantizer.log_gain,) if earlier is None else ()
+
+def _quantize_layer(m, bits, sample, find_step, through):
+    "Let `m` round its weights and its inputs; the parameters that are new"
+    w_bits,x_bits = bits
+    w_quant = Quantizer(w_bits, symmetric=True)
+    x_quant = Quantizer(x_bits, signed=sample.signed, through=through)
+    w_step = find_step(m.weight.detach().flatten(1), w_quant).view(-1, *[1]*(m.weight.dim()-1))
+    x_step = find_step(sample.values(), x_quant)[0]
+    m.__class__ = _weighted_classes.get(type(m), type(m))
+    return _add_quantizer(m, 'w_quant', w_quant, w_step) + _add_quantizer(m, 'x_quant', x_quant, x_step)
+
+def _quantize_norm(m, bits, sample, find_step):
+    "Let `m` round its output; the parameters that are new"
+    y_quant = Quantizer(bits)
+    step = find_step(sample.values(), y_quant)[0]
+    m.__class__ = QuantBatchNorm2d
+    return _add_quantizer(m, 'y_quant', y_quant, step)
+
+# %% ../../nbs/compression/07_quantization.ipynb #98d7f08b
 def quantize(
     model:nn.Module, # The network, changed in place
-    bits:int|tuple, # 16, 8, 4, 3, 2 or 1, for weights and for the inputs of layers; or two of them, such as (1, 8): weights first
+    bits:int|tuple, # 16, 8, 4, 3, 2 or 1, for weights and inputs of layers; or a pair such as (1, 8): weights first
     batches, # Training batches (N,C,H,W) as the network wants them, to calibrate with
-    calibration:str='mse', # How steps are found: 'mse', 'percentile' or 'minmax'
+    calibration:str='mse', # How step sizes are found: 'mse', 'percentile' or 'minmax'
     ends:int|tuple=None, # Bits of the first and the last layer, if they should have others
     layers:dict=None, # Bits of single layers: name or pattern, such as 'layer4.*' -> bits
-    sums:int|bool=True, # Bits of what BatchNorms feed into residual additions, where torch.fx can trace them; True: as inputs, but 8 at least; False: floats
-) -> dict: # weight -> the steps that were added beside it, for the optimizer
-    "Swap every convolution and linear layer of `model` for its quantized twin, calibrated on `batches`"
-    for o in (bits, *([ends] if ends is not None else []), *(layers or {}).values()): check_bits(o)
-    if calibration not in calibrations: raise ValueError(f"calibration={calibration!r} is unknown: use one of {', '.join(calibrations)}")
-    sums = max(8, check_bits(bits)[1]) if sums is True else sums
+    sums:int|bool=True, # Bits of BatchNorms that feed additions; True: as inputs, but at least 8; False: floats
+) -> dict: # weight -> parameters of the step sizes that were added beside it, for the optimizer
+    "Make `model` a fake-quantized network, calibrated on `batches`"
+    for o in (bits, bits if ends is None else ends, *(layers or {}).values()): check_bits(o)
+    if calibration not in calibrations:
+        raise ValueError(f"calibration={calibration!r} is unknown: use one of {', '.join(calibrations)}")
+    if sums is True: sums = max(8, check_bits(bits)[1])
     if sums is not False: check_bits(sums)
     batches = list(batches)
     if not batches: raise ValueError("there is nothing to calibrate with: give at least one batch of training images")
+    find_step = calibrations[calibration]
     with opened(model, batches[0]):
-        names = {m: n for n,m in model.named_modules() if isinstance(m, _QuantLayer) or type(m) in _twins}
+        names = {m: n for n,m in model.named_modules() if isinstance(m, _QuantLayer) or type(m) in _weighted_classes}
         if not names: raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
-        terms = _terms(model) if sums is not False else []
-        samples,ran = _gather(model, names, terms, batches)
-        chosen = _bits_of(names, bits, ran, ends, layers)
-        find_step = calibrations[calibration]
-        added = {m.weight: _swap(m, chosen[m], samples[m], find_step, through=m is ran[0]) for m in ran} | {m.weight: _swap_norm(m, sums, samples[m], find_step) for m in terms}
-        return {weight: steps for weight,steps in added.items() if steps}
-
-# %% ../../nbs/compression/07_quantization.ipynb #ecdfbbff
-def _swap(m, bits, sample, find_step, through):
-    "Make `m` its twin, or give the twin that it is other bits; the steps that are new"
-    old = (m.w_quant, m.x_quant) if isinstance(m, _QuantLayer) else ()
-    m.w_quant,m.x_quant = (Quantizer(b, **kw).to(m.weight.device) for b,kw in zip(bits, (dict(symmetric=True), dict(signed=sample.signed, through=through))))
-    for q,was in zip((m.w_quant, m.x_quant), old): q.log_gain = was.log_gain
-    m.w_quant.begin(find_step(m.weight.detach().flatten(1), m.w_quant).view(-1, *[1]*(m.weight.dim()-1)))
-    m.x_quant.begin(find_step(sample.values(), m.x_quant)[0])
-    m.__class__ = _twins.get(type(m), type(m))
-    return () if old else (m.w_quant.log_gain, m.x_quant.log_gain)
-
-def _swap_norm(m, bits, sample, find_step):
-    old,m.y_quant = getattr(m, 'y_quant', None),Quantizer(bits).to(m.weight.device)
-    if old is not None: m.y_quant.log_gain = old.log_gain
-    m.y_quant.begin(find_step(sample.values(), m.y_quant)[0])
-    m.__class__ = QuantBatchNorm2d
-    return () if old is not None else (m.y_quant.log_gain,)
+        norms = _summed_norms(model) if sums is not False else []
+        samples,ran = _samples(model, names, norms, batches)
+        chosen = _chosen_bits(names, bits, ran, ends, layers)
+        added = {}
+        for m in ran: added[m.weight] = _quantize_layer(m, chosen[m], samples[m], find_step, through=m is ran[0])
+        for m in norms: added[m.weight] = _quantize_norm(m, sums, samples[m], find_step)
+    return {weight: new for weight,new in added.items() if new}
 
 # %% ../../nbs/compression/07_quantization.ipynb #bafd423d
 @patch
 @delegates(quantize)
-def quantize(self:Learner,
-    bits:int|tuple, # 16, 8, 4, 3, 2 or 1, for weights and for the inputs of layers; or two of them, such as (1, 8): weights first
+def quantize(self:Learner,  # noqa: F811 the function goes on; this is the method of its name
+    bits:int|tuple, # 16, 8, 4, 3, 2 or 1, for weights and inputs of layers; or a pair such as (1, 8): weights first
     n_batches:int=4, # Training batches to calibrate on
     **kwargs # `calibration`, `ends`, `layers` and `sums` of `quantize`
 ) -> Learner:
-    "Make the network its quantized twin, calibrated on training batches; the optimizer learns the steps too"
+    "Make the network a fake-quantized one, calibrated on training batches; the optimizer learns the step sizes too"
     check_bits(bits)
     batches = [x for x,_ in training_batches(self, n_batches)]
     adopt(self.opt, {}, added=quantize(self.model, bits, batches, **kwargs))

@@ -12,36 +12,45 @@ import torch
 from torch import nn, Tensor
 
 # %% ../../nbs/compression/06_quantizers.ipynb #772d1148
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, step, lo, hi, offset, scale, through):
-        out = _codes(x, step, lo, hi, offset).mul_(step)
-        ctx.save_for_backward(x, step, *([out] if ctx.needs_input_grad[1] else []))
-        ctx.bounds,ctx.scale,ctx.through = (lo-.5+offset, hi+.5+offset),scale,through
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x,step,*out = ctx.saved_tensors
-        masked,grad_step = _masked(grad, x, step, *ctx.bounds),None
-        if out:
-            terms = torch.addcmul(grad*out[0], masked, x, value=-1)
-            grad_step = (terms.float().sum_to_size(step.shape) if step.dim() else terms.sum(dtype=torch.float32))/step*ctx.scale
-        return grad if ctx.through else masked,grad_step,None,None,None,None,None
-
-def _masked(grad, x, step, lo, hi):
-    "`grad` where `x/step` lies between `lo` and `hi`, else 0"
-    if not step.dim() and x.device.type=='cpu' and not torch.compiler.is_compiling(): lo,hi = lo*step.item(),hi*step.item()
-    else: x = x/step
-    return torch.ops.aten.hardtanh_backward(grad, x, lo, hi)
-
 def _codes(x, step, lo, hi, offset):
-    "`c + o`, in one new tensor: on a processor, what costs is memory"
+    "`c + o` of the formula, in one new tensor"
     v = x/step
     if offset: return v.sub_(offset).round_().clamp_(lo, hi).add_(offset)
     return v.round_().clamp_(lo, hi)
 
-# %% ../../nbs/compression/06_quantizers.ipynb #23345c14
+def _masked(grad, x, step, lo, hi):
+    "`m*grad` of the formula: `grad` where `x/step` lies between `lo` and `hi`, else 0"
+    on_processor = x.device.type=='cpu' and not torch.compiler.is_compiling()
+    if on_processor and not step.dim():
+        lo = lo*step.item()
+        hi = hi*step.item()
+    else: x = x/step
+    return torch.ops.aten.hardtanh_backward(grad, x, lo, hi)    # one pass: it is the gradient of a clamp
+
+class _Round(torch.autograd.Function):
+    "`q(x)`, and its gradients for `x` and for the step size"
+    @staticmethod
+    def forward(ctx, x, step, lo, hi, offset, scale, through):
+        q = _codes(x, step, lo, hi, offset).mul_(step)
+        learned = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x, step, q if learned else None)
+        ctx.bounds = lo-.5+offset,hi+.5+offset
+        ctx.scale = scale
+        ctx.through = through
+        return q
+
+    @staticmethod
+    def backward(ctx, grad):
+        x,step,q = ctx.saved_tensors
+        masked = _masked(grad, x, step, *ctx.bounds)
+        grad_x = grad if ctx.through else masked
+        if q is None: return grad_x,None,None,None,None,None,None
+        terms = torch.addcmul(grad*q, masked, x, value=-1)      # (q - m x), times grad
+        one_for_all = not step.dim()
+        total = terms.sum(dtype=torch.float32) if one_for_all else terms.float().sum_to_size(step.shape)
+        return grad_x,total/step*ctx.scale,None,None,None,None,None
+
+# %% ../../nbs/compression/06_quantizers.ipynb #f8e785d7
 offered_bits = (16, 8, 4, 3, 2, 1)
 
 def check_bits(
@@ -50,12 +59,14 @@ def check_bits(
     "Raise a `ValueError` unless `bits` are on offer"
     pair = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
     if len(pair)!=2 or any(isinstance(o, bool) or o not in offered_bits for o in pair):
-        raise ValueError(f"bits={bits!r} is not offered: use one of {', '.join(map(str, offered_bits))}, or two of them, for weights and for inputs, such as (1, 8)")
+        raise ValueError(f"bits={bits!r} is not offered: use one of {', '.join(map(str, offered_bits))}, "
+                         "or two of them, for weights and for inputs, such as (1, 8)")
     return pair
 
+# %% ../../nbs/compression/06_quantizers.ipynb #23345c14
 class Quantizer(nn.Module):
-    "Rounds to `bits` bits with a learned step: one for everything, or one per output channel of a weight"
-    tempering = .5   # The gradient of a step is divided by the number of values that share it, to this power
+    "Rounds to `bits` bits with a learned step size: one for everything, or one per output channel of a weight"
+    tempering = .5   # The gradient of a step size is divided by the number of values that share it, to this power
     def __init__(self,
         bits:int, # 16, 8, 4, 3, 2 or 1
         signed:bool=True, # Codes on both sides of zero? Otherwise from zero up
@@ -64,7 +75,9 @@ class Quantizer(nn.Module):
     ):
         super().__init__()
         check_bits((bits, bits))
-        self.bits,self.signed,self.through = bits,signed,through
+        self.bits = bits
+        self.signed = signed
+        self.through = through
         if not signed: self.lo,self.hi,self.offset = 0,2**bits-1,0.
         elif bits==1: self.lo,self.hi,self.offset = -1,0,.5
         else: self.lo,self.hi,self.offset = -2**(bits-1)+symmetric,2**(bits-1)-1,0.
@@ -75,47 +88,53 @@ class Quantizer(nn.Module):
     def step(self): return self.start*self.log_gain.exp()
 
     def begin(self, step):
-        "Let `step` be where learning begins"
-        self.start,self.log_gain.data = step,torch.zeros_like(step)
+        "Let the step size `step` be where learning begins"
+        self.start = step
+        self.log_gain.data = torch.zeros_like(step)
 
     def forward(self, x):
         step = self.step
-        shared = x.numel()/step.numel() if step.dim() else x[0].numel()
+        shared = x.numel()/step.numel() if step.dim() else x[0].numel()    # by one channel, or by one image
         return _Round.apply(x, step, self.lo, self.hi, self.offset, shared**-self.tempering, self.through)
 
-    def extra_repr(self): return f"bits={self.bits}, codes {self.lo} to {self.hi}" + (f" plus {self.offset}" if self.offset else '')
+    def extra_repr(self):
+        offset = f" plus {self.offset}" if self.offset else ''
+        return f"bits={self.bits}, codes {self.lo} to {self.hi}{offset}"
 
 # %% ../../nbs/compression/06_quantizers.ipynb #ac191fc3
 def _step_to(top, quantizer): return top.clamp_min(1e-8)/(quantizer.hi+quantizer.offset)
 
 def minmax_step(
-    x:Tensor, # Values to be rounded, (channels, n): one step for each row
-    quantizer:Quantizer, # Its codes are used, its step is not
+    x:Tensor, # Values to be rounded, (channels, n): one step size for each row
+    quantizer:Quantizer, # Its codes are used, its step size is not
 ) -> Tensor: # (channels,)
-    "For each row the step with which the largest code reaches the largest value"
+    "For each row the step size with which the largest code reaches the largest value"
     return _step_to(x.abs().amax(1), quantizer)
 
 def percentile_step(
-    x:Tensor, # Values to be rounded, (channels, n): one step for each row
-    quantizer:Quantizer, # Its codes are used, its step is not
+    x:Tensor, # Values to be rounded, (channels, n): one step size for each row
+    quantizer:Quantizer, # Its codes are used, its step size is not
     share:float=.999, # Of the values, that are not clipped
 ) -> Tensor: # (channels,)
-    "For each row the step with which the largest code reaches all values but the largest few"
+    "For each row the step size with which the largest code reaches all values but the largest few"
     return _step_to(x.abs().kthvalue(max(1, round(share*x.shape[1])), 1).values, quantizer)
 
+# %% ../../nbs/compression/06_quantizers.ipynb #e72e61ca
 @torch.no_grad()
 def best_step(
-    x:Tensor, # Values to be rounded, (channels, n): one step for each row
-    quantizer:Quantizer, # Its codes are used, its step is not
+    x:Tensor, # Values to be rounded, (channels, n): one step size for each row
+    quantizer:Quantizer, # Its codes are used, its step size is not
 ) -> Tensor: # (channels,)
-    "For each row the step that rounds it with the least mean squared error, out of 48"
+    "For each row the step size that rounds it with the least mean squared error, out of 48"
     top = minmax_step(x, quantizer)
-    best,least = top,torch.full_like(top, float('inf'))
+    best = top
+    least = torch.full_like(top, float('inf'))
     for r in torch.logspace(0, -1.7, 48):
         step = top*r
         q = _codes(x, step[:,None], quantizer.lo, quantizer.hi, quantizer.offset).mul_(step[:,None])
         error = q.sub_(x).square_().mean(1)
-        best,least = torch.where(error<least, step, best),torch.minimum(error, least)
+        best = torch.where(error<least, step, best)
+        least = torch.minimum(error, least)
     return best
 
 calibrations = dict(mse=best_step, percentile=percentile_step, minmax=minmax_step)

@@ -33,48 +33,55 @@ def _right(model, attack, x, y, bs=256):
             with torch.no_grad(): robust.append(clean[-1] & (model(x_adv).argmax(1)==yb))
     return torch.cat(clean).float().mean().item(),torch.cat(robust).float().mean().item()
 
+# %% ../../nbs/compression/05_sensitivity.ipynb #63349590
 @dataclass(frozen=True)
 class Sensitivity:
     "What each group of layers can spare"
-    table:pd.DataFrame   # 'layer' (first of the group), 'level', 'clean', 'robust': a row for each cut
+    table:pd.DataFrame   # 'layer' (first of the group), 'share', 'clean', 'robust': a row for each cut
     clean:float          # Accuracy of the whole network
     robust:float         # Robust accuracy of the whole network
     attack:Attack        # That was withstood
     n:int                # Validation images
 
-    def levels(self,
+    def shares(self,
         drop:float=.02, # Robust accuracy that a single cut may cost
-    ) -> dict: # layer -> the largest level that was tried and costs no more
-        "Levels for `learn.prune`"
+    ) -> dict: # layer -> the largest share that was tried and costs no more
+        "Shares for `learn.prune`"
         fine = self.table[self.table.robust>=self.robust-drop]
-        return fine.groupby('layer', sort=False)['level'].max().to_dict()
+        return fine.groupby('layer', sort=False)['share'].max().to_dict()
 
     def plot(self, ax=None):
-        "Robust accuracy against level, a curve for each group"
+        "Robust accuracy against the share that is cut, a curve for each group"
         import matplotlib.pyplot as plt
         if ax is None: _,ax = plt.subplots(figsize=(5,3), dpi=72)
-        for layer,rows in self.table.groupby('layer', sort=False): ax.plot([0, *rows['level']], [self.robust, *rows['robust']], 'o-', label=layer)
-        ax.set(xlabel='level', ylabel='robust accuracy', title=f'{self.attack.name}, {self.attack.threat}, {self.n} validation images', ylim=(0, None))
+        for layer,rows in self.table.groupby('layer', sort=False):
+            ax.plot([0, *rows['share']], [self.robust, *rows['robust']], 'o-', label=layer)
+        ax.set(xlabel='share of channels removed', ylabel='robust accuracy', ylim=(0, None),
+               title=f'{self.attack.name}, {self.attack.threat}, {self.n} validation images')
         ax.title.set_size(9)
-        ax.legend(title='cut', fontsize=8, loc='center left', bbox_to_anchor=(1, .5), ncols=-(-self.table.layer.nunique()//12))
+        columns = -(-self.table.layer.nunique()//12)     # of at most 12 names
+        ax.legend(title='cut', fontsize=8, loc='center left', bbox_to_anchor=(1, .5), ncols=columns)
         return ax
 
 # %% ../../nbs/compression/05_sensitivity.ipynb #f01bc0c4
 def robust_sensitivity(
     learn:Learner, # Its network is looked at, and left as it is
     attack:Attack, # To be withstood
-    levels=(.25, .5, .75), # Shares of a group's channels to cut
+    shares=(.25, .5, .75), # Shares of a group's channels to cut
     n:int=256, # Validation images
     criterion:str='l1', # 'l1', 'l2', 'bn' or 'random'
 ) -> Sensitivity: # Show it with `plot`
     "Cut one group of layers at a time and attack what is left"
-    model,space,x = bare(learn.model),pixel_space(learn.dls),example_images(learn)
-    px,y = (o[:n].to(x.device).as_subclass(torch.Tensor) for o in pixels(learn.dls.valid))
-    model = copy.deepcopy(model)
-    with opened(model, x), traceable(model): groups = channel_groups(model, x)[1]
-    right,rows = lambda m: _right(space.wrap(m), attack, px, y),[]
-    clean,robust = right(model)
-    for name,level in tqdm([(g.name, l) for g in groups for l in levels if whole_channels(g.n*(1-l))>=1], desc='cuts', leave=False, delay=3):
-        cut = right(prune(copy.deepcopy(model), {name: level}, x, criterion=criterion))
-        rows.append(dict(layer=name, level=level, clean=cut[0], robust=cut[1]))
-    return Sensitivity(pd.DataFrame(rows), clean, robust, attack, len(px))
+    space = pixel_space(learn.dls)
+    example = example_images(learn)
+    x,y = (o[:n].to(example.device).as_subclass(torch.Tensor) for o in pixels(learn.dls.valid))
+    model = copy.deepcopy(bare(learn.model))
+    with opened(model, example), traceable(model): _,groups = channel_groups(model, example)
+    cuts = [(g.name, share) for g in groups for share in shares if whole_channels(g.n*(1-share))>=1]
+    clean,robust = _right(space.wrap(model), attack, x, y)
+    rows = []
+    for layer,share in tqdm(cuts, desc='cuts', leave=False, delay=3):
+        pruned = prune(copy.deepcopy(model), {layer: share}, example, criterion=criterion)
+        rows.append((layer, share, *_right(space.wrap(pruned), attack, x, y)))
+    table = pd.DataFrame(rows, columns=['layer', 'share', 'clean', 'robust'])
+    return Sensitivity(table, clean, robust, attack, len(x))

@@ -29,7 +29,7 @@ from ..networks.cost import cost
 from ..networks.precision import bf16_is_fast
 from ..data.sources import data_sets
 from ..attacks.gradient import PGD
-from ..compression.plan import check_level
+from ..compression.plan import check_pruned_share
 from ..compression.pruning import prune
 from ..compression.quantizers import check_bits
 from ..training.acceleration import BF16
@@ -77,7 +77,7 @@ class Study:
         self._check()
 
     def _check(self):
-        for o in self.levels: check_level(o)
+        for o in self.levels: check_pruned_share(o)
         for o in self.bits:
             if isinstance(o, (tuple, list)): raise ValueError(f"bits={o}: a study takes one number of bits for weights and inputs, such as bits=(8, 4); learn.quantize(bits=(1, 8)) takes two")
             check_bits(o)

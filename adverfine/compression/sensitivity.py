@@ -14,24 +14,14 @@ import torch, pandas as pd
 from tqdm.auto import tqdm
 from fastai.learner import Learner
 from ..threat import pixel_space
-from ..networks.modes import bare, frozen
+from ..networks.modes import bare
 from ..networks.attention import opened
 from ..data.pixels import example_images, pixels
 from ..attacks.attack import Attack
+from ..attacks.scoring import score
 from .channels import channel_groups, traceable
 from .plan import whole_channels
 from .pruning import prune
-
-# %% ../../nbs/compression/05_sensitivity.ipynb #d72f4a0f
-def _right(model, attack, x, y, bs=256):
-    "Share of images that are right when clean, and of those that are right under `attack` too"
-    clean,robust = [],[]
-    with frozen(model):
-        for xb,yb in zip(x.split(bs), y.split(bs)):
-            with torch.no_grad(): clean.append(model(xb).argmax(1)==yb)
-            x_adv = attack(model, xb, yb)
-            with torch.no_grad(): robust.append(clean[-1] & (model(x_adv).argmax(1)==yb))
-    return torch.cat(clean).float().mean().item(),torch.cat(robust).float().mean().item()
 
 # %% ../../nbs/compression/05_sensitivity.ipynb #63349590
 @dataclass(frozen=True)
@@ -78,10 +68,13 @@ def robust_sensitivity(
     model = copy.deepcopy(bare(learn.model))
     with opened(model, example), traceable(model): _,groups = channel_groups(model, example)
     cuts = [(g.name, share) for g in groups for share in shares if whole_channels(g.n*(1-share))>=1]
-    clean,robust = _right(space.wrap(model), attack, x, y)
+    def accuracies(network):
+        s = score(space.wrap(network), attack, x, y)
+        return s.clean.float().mean().item(),s.robust.float().mean().item()
+    clean,robust = accuracies(model)
     rows = []
     for layer,share in tqdm(cuts, desc='cuts', leave=False, delay=3):
         pruned = prune(copy.deepcopy(model), {layer: share}, example, criterion=criterion)
-        rows.append((layer, share, *_right(space.wrap(pruned), attack, x, y)))
+        rows.append((layer, share, *accuracies(pruned)))
     table = pd.DataFrame(rows, columns=['layer', 'share', 'clean', 'robust'])
     return Sensitivity(table, clean, robust, attack, len(x))

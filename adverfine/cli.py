@@ -1,4 +1,4 @@
-"""The command line: argument names, and nothing but
+"""The command line: study, evaluate, compress, export and bench
 
 Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 
@@ -8,182 +8,237 @@ Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 __all__ = ['main']
 
 # %% ../nbs/02_cli.ipynb #030f9b69
-import argparse, sys
+import argparse, json, sys, warnings
 
-# %% ../nbs/02_cli.ipynb #a3cef8c8
-_study_options = dict(
-    out=(str, None, 'output folder; default: studies/NAME'),
-    levels=(float, '*', 'shares of channels to prune, such as 0.5 0.9'),
-    bits=(int, '*', 'bits to quantize to, of 16 8 4 3 2 1'),
-    fine_tunings=(str, '+', 'of none, standard and adversarial'),
-    parents=(str, '+', 'how parents are trained: standard, adversarial or both'),
-    seeds=(int, '+', 'one parent each'),
-    epochs=(int, None, 'epochs of a parent'),
-    fine_tune_epochs=(int, None, 'epochs of each fine-tuning'),
-    lr=(float, None, "top of the parents' one-cycle learning rate"),
-    fine_tune_lr=(float, None, "top of the fine-tuning's"),
-    bs=(int, None, 'batch size'),
-    eps=(float, None, 'radius of the l-inf ball in pixels, such as 0.05'),
-    steps=(int, None, 'PGD steps of the evaluation'),
-    train_steps=(int, None, 'PGD steps of adversarial training'),
-    n_train=(int, None, 'use only so many training images'),
-    n_test=(int, None, 'evaluate on only so many test images'),
-    path=(str, None, 'folder of the data set'))
-
-_attacks = dict(autoattack=('AutoAttack', {}), fast=('AutoAttack', dict(version='fast')), apgd=('APGD', {}), apgd_dlr=('APGD', dict(loss='dlr')), fab=('FAB', {}),
-                square=('Square', {}), pgd=('PGD', dict(steps=20)), pgd50=('PGD', dict(steps=50)), fgsm=('FGSM', {}))
-
-def _from(room):
-    from importlib import import_module
-    return import_module(f'adverfine.bench.{room}')
-
-_benches = dict(
-    data=('one pass over the 60,000 Fashion-MNIST images', lambda args: _from('data').data_pass(args.path)),
-    evaluation=('AutoAttack against torchattacks (half an hour)', lambda args: _from('evaluation').autoattack_race(args.n or 1000, args.path)),
-    inference=('dense, pruned and int8 networks in every engine that is installed (minutes)', lambda args: _from('inference').inference_race()),
-    training=('a step of adversarial training against other libraries (minutes)', lambda args: _from('training').training_race(args.rounds)),
-    precision=('robust accuracy after training in bfloat16 and in float32 (ten minutes)', lambda args: _from('recipes').precision_check(path=args.path)),
-    bits=('robust accuracy of quantized networks (tens of minutes)', lambda args: _from('recipes').bits_check(args.out or 'studies/bits', seed=args.seed, path=args.path)),
-    recipes=('fine-tuning recipes at equal seconds (hours)', lambda args: dict(parts=_from('recipes').recipe_race(args.out or 'studies/recipes', args.seconds, args.seed, n=args.n or 200, path=args.path).to_dict('records'))))
-
-def _parser():
-    parser = argparse.ArgumentParser('adverfine', description='Compress vision models and keep them robust.')
-    commands = parser.add_subparsers(dest='command', required=True)
-    study = commands.add_parser('study', help='train, compress, fine-tune, attack: table and figure', formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train a parent, prune and quantize it at several levels, fine-tune each normally and adversarially, measure.\n'
-                    'Options that are left out get the defaults of the data set. A study that was interrupted goes on where it stopped.')
-    study.add_argument('data', metavar='NAME', help='digits (no download, minutes), fashion_mnist or cifar10')
-    for name,(kind,nargs,text) in _study_options.items(): study.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs=nargs, help=text)
-    study.add_argument('--paper', action='store_true', help='the threat model of arXiv 2403.09441 for training and testing')
-    study.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=None, help='train and craft in bfloat16; default: where the hardware has it')
-    study.add_argument('--download', action='store_true', help='let torchvision download the data set')
-    evaluate = commands.add_parser('evaluate', help='attack a saved network: clean and robust accuracy, and whether to believe them')
-    evaluate.add_argument('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
-    evaluate.add_argument('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10; its test images are taken')
-    evaluate.add_argument('--attack', nargs='+', default=['autoattack'], metavar='NAME', help=f"of {', '.join(_attacks)}; default: autoattack")
-    evaluate.add_argument('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05')
-    evaluate.add_argument('--norm', default='linf', help='linf or l2')
-    evaluate.add_argument('--n', type=int, help='only so many test images, drawn at random')
-    evaluate.add_argument('--seed', type=int, default=0, help="of that draw and of the attacks' random starts")
-    evaluate.add_argument('--onnx', metavar='FILE', help='score on this file instead, which adverfine export has made of the network: attacked through the network, and by square itself')
-    evaluate.add_argument('--thorough', action='store_true', help='run all guards, on all images')
-    evaluate.add_argument('--path', help='folder of the data set')
-    evaluate.add_argument('--json', action='store_true', help='print JSON')
-    evaluate.add_argument('--html', metavar='FILE', help='write a page as well')
-    compress = commands.add_parser('compress', help='prune, quantize and fine-tune a saved network, measure it and save it again')
-    compress.add_argument('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
-    compress.add_argument('--out', help='folder for the smaller network; default: MODEL_DIR-compressed')
-    compress.add_argument('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10')
-    compress.add_argument('--prune', type=float, metavar='LEVEL', help='share of the channels to remove, such as 0.5')
-    compress.add_argument('--bits', type=int, nargs='+', help='bits to quantize to, of 16 8 4 3 2 1; two numbers: for weights and for inputs')
-    compress.add_argument('--epochs', type=int, default=3, help='of fine-tuning; default: 3')
-    compress.add_argument('--adversarial', action='store_true', help='fine-tune on adversarial images')
-    compress.add_argument('--eps', type=float, help="radius of the l-inf ball in pixels; default: that of the data set's study")
-    compress.add_argument('--lr', type=float, default=3e-3, help='top of the one-cycle learning rate; default: 0.003')
-    compress.add_argument('--seed', type=int, default=0)
-    compress.add_argument('--path', help='folder of the data set')
-    export = commands.add_parser('export', help='write a saved network as ONNX, integers if it is quantized, after comparing the two')
-    export.add_argument('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
-    export.add_argument('--onnx', required=True, metavar='FILE', help='file to write')
-    export.add_argument('--data', metavar='NAME', help='compare on validation images of digits, fashion_mnist or cifar10; default: on random images')
-    export.add_argument('--path', help='folder of the data set')
-    bench = commands.add_parser('bench', help='measure speed on this machine')
-    bench.add_argument('what', choices=list(_benches), help='; '.join(f'{k}: {text}' for k,(text,_) in _benches.items()))
-    bench.add_argument('--n', type=int, default=None, help='images for evaluation (default: 1000) or for the AutoAttack of recipes (default: 200)')
-    bench.add_argument('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
-    bench.add_argument('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
-    bench.add_argument('--seed', type=int, default=0, help='of recipes and bits')
-    bench.add_argument('--out', help='folder for the results of recipes and bits, which go on where they were stopped; default: studies/NAME')
-    bench.add_argument('--path', help='folder of the data set')
-    bench.add_argument('--json', action='store_true', help='print JSON')
-    return parser
-
-# %% ../nbs/02_cli.ipynb #498a2337
+# %% ../nbs/02_cli.ipynb #ce3af243
 def _study(args):
     from adverfine.study.study import Study
     from adverfine.study.tables import accuracy_table
     from adverfine.study.page import write_report
-    options = {k: v for k,v in vars(args).items() if k!='command'}
+    options = {k: v for k,v in vars(args).items() if k not in ('command', 'run')}
     study = Study(**{k: tuple(v) if isinstance(v, list) else v for k,v in options.items()})
     try: df = study.run()
     except KeyboardInterrupt:
-        print(f'\nStopped. {len(study.results())} of {len(study.cells())} cells are finished and kept in {study.out}; the same command goes on from there.', file=sys.stderr)
+        print(f'\nStopped. {len(study.results())} of {len(study.cells())} cells are finished and kept in {study.out}; '
+              'the same command goes on from there.', file=sys.stderr)
         return 130
     files = write_report(study)
     print('Clean / robust accuracy in percent, by fine-tuning\n')
     print(accuracy_table(df).to_string(index=False))
-    print(f"\n{df.attack[0]}, {study.attack.threat}, {df.n[0]} test images. Robust: right clean and attacked; ≤ where a guard found signs that a stronger attack would find more.")
+    print(f"\n{df.attack[0]}, {study.attack.threat}, {df.n[0]} test images. Robust: right clean and attacked; "
+          "≤ where a guard found signs that a stronger attack would find more.")
     for name,path in files.items(): print(f'{name:12} {path}')
 
-def _evaluate(args):
-    if unknown := [o for o in args.attack if o not in _attacks]: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
-    from fastai.learner import Learner
-    from torch.nn import CrossEntropyLoss
-    from adverfine.files import write_atomic
-    from adverfine.attacks import apgd, autoattack, fab, gradient, square
-    from adverfine.evaluation.report import robustness_page
-    from adverfine.deployment.checkpoint import compressed_info, load_compressed
-    from adverfine.deployment.onnx import OnnxNetwork
-    import adverfine.evaluation.robustness
-    make = _data(args)
-    rooms = dict(AutoAttack=autoattack, APGD=apgd, FAB=fab, Square=square, PGD=gradient, FGSM=gradient)
-    kinds = [(getattr(rooms[kind], kind), kw) for kind,kw in map(_attacks.get, args.attack)]
-    chosen = [kind(args.eps, norm=args.norm, **kw) for kind,kw in kinds]
-    made_for = tuple(compressed_info(args.model)['input_shape'])
-    model,dls = load_compressed(args.model),make()
-    shape = tuple(dls.valid.one_batch()[0].shape[1:])
-    if shape!=made_for: raise ValueError(f"{args.model} is for images of shape {made_for}, and those of {args.data} have {shape}: name the data set that it was trained on")
-    learn = Learner(dls, model, loss_func=CrossEntropyLoss())
-    deployed = OnnxNetwork(args.onnx) if args.onnx else None
-    result = learn.robustness(chosen, n=args.n, deployed=deployed, seed=args.seed, thorough=args.thorough, progress=sys.stderr.isatty())
-    if args.html: write_atomic(args.html, robustness_page(result, args.model))
-    print(result.to_json() if args.json else result)
+# %% ../nbs/02_cli.ipynb #a3cef8c8
+def _command(commands, run, about, **kwargs):
+    "Add the command that `run` carries out; what is returned adds its options"
+    parser = commands.add_parser(run.__name__.strip('_'), help=about, **kwargs)
+    parser.set_defaults(run=run)
+    return parser.add_argument
 
+def _add_study(commands):
+    add = _command(commands, _study, 'train, compress, fine-tune, attack: table and figure', description=
+        'Train a parent, prune and quantize it at several levels, fine-tune each normally and adversarially, measure.\n'
+        'Options that are left out get the defaults of the data set. '
+        'A study that was interrupted goes on where it stopped.', formatter_class=argparse.RawDescriptionHelpFormatter)
+    add('data', metavar='NAME', help='digits (no download, minutes), fashion_mnist or cifar10')
+    add('--out', help='output folder; default: studies/NAME')
+    add('--levels', type=float, nargs='*', help='shares of channels to prune, such as 0.5 0.9')
+    add('--bits', type=int, nargs='*', help='bits to quantize to, of 16 8 4 3 2 1')
+    add('--fine-tunings', nargs='+', help='of none, standard and adversarial')
+    add('--parents', nargs='+', help='how parents are trained: standard, adversarial or both')
+    add('--seeds', type=int, nargs='+', help='one parent each')
+    add('--epochs', type=int, help='epochs of a parent')
+    add('--fine-tune-epochs', type=int, help='epochs of each fine-tuning')
+    add('--lr', type=float, help="top of the parents' one-cycle learning rate")
+    add('--fine-tune-lr', type=float, help="top of the fine-tuning's")
+    add('--bs', type=int, help='batch size')
+    add('--eps', type=float, help='radius of the l-inf ball in pixels, such as 0.05')
+    add('--steps', type=int, help='PGD steps of the evaluation')
+    add('--train-steps', type=int, help='PGD steps of adversarial training')
+    add('--n-train', type=int, help='use only so many training images')
+    add('--n-test', type=int, help='evaluate on only so many test images')
+    add('--path', help='folder of the data set')
+    add('--paper', action='store_true', help='the threat model of arXiv 2403.09441 for training and testing')
+    add('--bf16', action=argparse.BooleanOptionalAction, default=None,
+        help='train and craft in bfloat16; default: where the hardware has it')
+    add('--download', action='store_true', help='let torchvision download the data set')
+
+# %% ../nbs/02_cli.ipynb #9ebbee92
 def _data(args):
     "The function that makes the DataLoaders of the data set that was named"
     from functools import partial
     from adverfine.data.sources import data_sets
-    if args.data not in data_sets: raise ValueError(f"data {args.data!r} is unknown: use one of {', '.join(data_sets)}")
-    if args.path and args.data=='digits': raise ValueError(f"--path {args.path}: the digits come with scikit-learn, leave it out")
+    if args.data not in data_sets:
+        raise ValueError(f"data {args.data!r} is unknown: use one of {', '.join(data_sets)}")
+    if args.path and args.data=='digits':
+        raise ValueError(f"--path {args.path}: the digits come with scikit-learn, leave it out")
     return partial(data_sets[args.data], **({'path': args.path} if args.path else {}))
 
+def _check_shape(shape, args, made_for):
+    if shape!=made_for:
+        raise ValueError(f"{args.model} is for images of shape {made_for}, and those of {args.data} have {shape}: "
+                         "name the data set that it was trained on")
+
+_attacks = dict(autoattack=('AutoAttack', {}), fast=('AutoAttack', dict(version='fast')), apgd=('APGD', {}),
+                apgd_dlr=('APGD', dict(loss='dlr')), fab=('FAB', {}), square=('Square', {}),
+                pgd=('PGD', dict(steps=20)), pgd50=('PGD', dict(steps=50)), fgsm=('FGSM', {}))
+
+def _attack(name, eps, norm):
+    from adverfine.attacks import apgd, autoattack, fab, gradient, square
+    kinds = dict(AutoAttack=autoattack.AutoAttack, APGD=apgd.APGD, FAB=fab.FAB, Square=square.Square,
+                 PGD=gradient.PGD, FGSM=gradient.FGSM)
+    kind,options = _attacks[name]
+    return kinds[kind](eps, norm=norm, **options)
+
+# %% ../nbs/02_cli.ipynb #7122bf43
+def _evaluate(args):
+    unknown = [o for o in args.attack if o not in _attacks]
+    if unknown: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
+    from fastai.learner import Learner
+    from torch.nn import CrossEntropyLoss
+    from adverfine.files import write_atomic
+    from adverfine.evaluation.report import robustness_page
+    from adverfine.deployment.checkpoint import compressed_info, load_compressed
+    from adverfine.deployment.onnx import OnnxNetwork
+    import adverfine.evaluation.robustness  # noqa: F401 Learner.robustness
+    make_dls = _data(args)
+    chosen = [_attack(o, args.eps, args.norm) for o in args.attack]
+    made_for = tuple(compressed_info(args.model)['input_shape'])
+    model,dls = load_compressed(args.model),make_dls()
+    _check_shape(tuple(dls.valid.one_batch()[0].shape[1:]), args, made_for)
+    learn = Learner(dls, model, loss_func=CrossEntropyLoss())
+    result = learn.robustness(chosen, n=args.n, deployed=OnnxNetwork(args.onnx) if args.onnx else None, seed=args.seed,
+                              thorough=args.thorough, progress=sys.stderr.isatty())
+    if args.html: write_atomic(args.html, robustness_page(result, args.model))
+    print(result.to_json() if args.json else result)
+
+# %% ../nbs/02_cli.ipynb #b1485dbb
+def _add_evaluate(commands):
+    add = _command(commands, _evaluate,
+                   'attack a saved network: clean and robust accuracy, and whether to believe them')
+    add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
+    add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10; its test images are taken')
+    add('--attack', nargs='+', default=['autoattack'], metavar='NAME',
+        help=f"of {', '.join(_attacks)}; default: autoattack")
+    add('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05')
+    add('--norm', default='linf', help='linf or l2')
+    add('--n', type=int, help='only so many test images, drawn at random')
+    add('--seed', type=int, default=0, help="of that draw and of the attacks' random starts")
+    add('--onnx', metavar='FILE', help='score on this file instead, which adverfine export has made of the network: '
+                                       'attacked through the network, and by square itself')
+    add('--thorough', action='store_true', help='run all guards, on all images')
+    add('--path', help='folder of the data set')
+    add('--json', action='store_true', help='print JSON')
+    add('--html', metavar='FILE', help='write a page as well')
+
+# %% ../nbs/02_cli.ipynb #13d8c9ca
 def _compress(args):
     from adverfine.training.recipes import compress
     from adverfine.study.study import Study
-    dls,eps,out = _data(args),Study(args.data).eps if args.eps is None else args.eps,args.out or f'{args.model.rstrip("/")}-compressed'
-    bits = tuple(args.bits) if args.bits and len(args.bits)>1 else args.bits[0] if args.bits else None
-    print(compress(args.model, out, dls, args.prune, bits, args.epochs, eps, args.adversarial, args.lr, seed=args.seed, progress=sys.stderr.isatty()))
-    print(f'\n{out}')
+    dls = _data(args)
+    eps = Study(args.data).eps if args.eps is None else args.eps
+    out = args.out or f'{args.model.rstrip("/")}-compressed'
+    bits = args.bits
+    if bits: bits = bits[0] if len(bits)==1 else tuple(bits)
+    report = compress(args.model, out, dls, args.prune, bits, args.epochs, eps, args.adversarial, args.lr,
+                      seed=args.seed, progress=sys.stderr.isatty())
+    print(report, out, sep='\n\n')
 
+def _add_compress(commands):
+    add = _command(commands, _compress,
+                   'prune, quantize and fine-tune a saved network, measure it and save it again')
+    add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
+    add('--out', help='folder for the smaller network; default: MODEL_DIR-compressed')
+    add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10')
+    add('--prune', type=float, metavar='LEVEL', help='share of the channels to remove, such as 0.5')
+    add('--bits', type=int, nargs='+',
+        help='bits to quantize to, of 16 8 4 3 2 1; two numbers: for weights and for inputs')
+    add('--epochs', type=int, default=3, help='of fine-tuning; default: 3')
+    add('--adversarial', action='store_true', help='fine-tune on adversarial images')
+    add('--eps', type=float, help="radius of the l-inf ball in pixels; default: that of the data set's study")
+    add('--lr', type=float, default=3e-3, help='top of the one-cycle learning rate; default: 0.003')
+    add('--seed', type=int, default=0)
+    add('--path', help='folder of the data set')
+
+# %% ../nbs/02_cli.ipynb #213b9d0b
 def _export(args):
     import torch
     from adverfine.data.pixels import pixels
     from adverfine.deployment.checkpoint import compressed_info, load_compressed
     from adverfine.deployment.onnx import write_onnx
-    shape = compressed_info(args.model)['input_shape']
-    x = pixels(_data(args)().valid)[0][:1000] if args.data else torch.rand(1000, *shape, generator=torch.Generator().manual_seed(0))
-    if list(x.shape[1:])!=shape: raise ValueError(f"{args.model} is for images of shape {tuple(shape)}, and those of {args.data} have {tuple(x.shape[1:])}: name the data set that it was trained on")
+    shape = tuple(compressed_info(args.model)['input_shape'])
+    if args.data: x = pixels(_data(args)().valid)[0][:1000]
+    else: x = torch.rand(1000, *shape, generator=torch.Generator().manual_seed(0))
+    _check_shape(tuple(x.shape[1:]), args, shape)
     print(write_onnx(load_compressed(args.model), args.onnx, x))
 
+def _add_export(commands):
+    add = _command(commands, _export,
+                   'write a saved network as ONNX, integers if it is quantized, after comparing the two')
+    add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
+    add('--onnx', required=True, metavar='FILE', help='file to write')
+    add('--data', metavar='NAME', help='compare on validation images of digits, fashion_mnist or cifar10; '
+                                       'default: on random images')
+    add('--path', help='folder of the data set')
+
+# %% ../nbs/02_cli.ipynb #e7b9894a
+_benches = dict(
+    data='one pass over the 60,000 Fashion-MNIST images',
+    evaluation='AutoAttack against torchattacks (half an hour)',
+    inference='dense, pruned and int8 networks in every engine that is installed (minutes)',
+    training='a step of adversarial training against other libraries (minutes)',
+    precision='robust accuracy after training in bfloat16 and in float32 (ten minutes)',
+    bits='robust accuracy of quantized networks (tens of minutes)',
+    recipes='fine-tuning recipes at equal seconds (hours)')
+
+def _measured(what, args):
+    "The result of the benchmark `what`: name to value, `parts` a list of rows"
+    from adverfine.bench import data, evaluation, inference, recipes, training
+    if what=='data': return data.data_pass(args.path)
+    if what=='evaluation': return evaluation.autoattack_race(args.n or 1000, args.path)
+    if what=='inference': return inference.inference_race()
+    if what=='training': return training.training_race(args.rounds)
+    if what=='precision': return recipes.precision_check(path=args.path)
+    out = args.out or f'studies/{what}'
+    if what=='bits': return recipes.bits_check(out, seed=args.seed, path=args.path)
+    table = recipes.recipe_race(out, args.seconds, args.seed, n=args.n or 200, path=args.path)
+    return dict(parts=table.to_dict('records'))
+
+# %% ../nbs/02_cli.ipynb #0eafe565
 def _bench(args):
-    import json
-    if args.n is not None and args.n<1 or args.rounds<1 or not args.seconds>0: raise ValueError(f'--n {args.n}, --rounds {args.rounds} and --seconds {args.seconds} must be positive')
-    result = _benches[args.what][1](args)
-    if args.json: return print(json.dumps(result))
+    if (args.n is not None and args.n<1) or args.rounds<1 or not args.seconds>0:
+        raise ValueError(f'--n {args.n}, --rounds {args.rounds} and --seconds {args.seconds} must be positive')
     import pandas as pd
+    result = _measured(args.what, args)
+    if args.json: return print(json.dumps(result))
     for k,v in result.items():
         if k!='parts': print(f'{k:20} {v}')
     if 'parts' in result: print('\n' + pd.DataFrame(result['parts']).to_string(index=False))
 
+def _add_bench(commands):
+    add = _command(commands, _bench, 'measure speed on this machine')
+    add('what', choices=list(_benches), help='; '.join(f'{k}: {text}' for k,text in _benches.items()))
+    add('--n', type=int, help='images for evaluation (default: 1000) or for the AutoAttack of recipes (default: 200)')
+    add('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
+    add('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
+    add('--seed', type=int, default=0, help='of recipes and bits')
+    add('--out', help='folder for the results of recipes and bits, which go on where they were stopped; '
+                      'default: studies/NAME')
+    add('--path', help='folder of the data set')
+    add('--json', action='store_true', help='print JSON')
+
+# %% ../nbs/02_cli.ipynb #498a2337
 def main(
     argv=None, # Arguments; default: the command line's
 ) -> int: # Exit status: 0, 2 for a mistake in the arguments, missing data or a full disk, 130 for Ctrl-C
     "Entry point of the command `adverfine`"
-    parser = _parser()
+    parser = argparse.ArgumentParser('adverfine', description='Compress vision models and keep them robust.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    for add in (_add_study, _add_evaluate, _add_compress, _add_export, _add_bench): add(commands)
     args = parser.parse_args(argv)
-    import warnings
     warnings.filterwarnings('ignore', category=FutureWarning)
-    try: return dict(study=_study, evaluate=_evaluate, compress=_compress, export=_export, bench=_bench)[args.command](args) or 0
+    try: return args.run(args) or 0
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         print(f'adverfine {args.command}: {e}', file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""A study as one page that can be sent to somebody
+"""A study as one HTML page, with its threat model in words
 
 Docs: https://adverfine.github.io/adverfine/study/page.html.md"""
 
@@ -13,27 +13,39 @@ from html import escape
 from matplotlib.figure import Figure
 from ..files import write_atomic
 from ..evaluation.report import page_css
-from .study import Study, versions
+from .study import Study
+from .protocol import versions
 from .tables import accuracy_table, plot_study
 
-# %% ../../nbs/study/03_page.ipynb #0d0d6cee
+# %% ../../nbs/study/03_page.ipynb #f1c3f78f
+def _adversary(attack):
+    start = "from a random point of that ball" if attack.random_start else "from the clean image"
+    step = attack.step_size if attack.step_size is not None else 2.5*attack.eps/attack.steps
+    valid = (", and the result must again be an image in [0,1]." if attack.clamp else
+             "; as in the reference study the result may leave [0,1].")
+    return (f"The adversary knows the network and may change every pixel by at most {attack.eps:.4g} "
+            f"(that is {attack.eps*255:.4g}/255, with images in [0,1]){valid} "
+            f"It runs PGD with {attack.steps} steps of {step:.4g} {start}.")
+
 def in_words(
     study:Study,
 ) -> str: # A paragraph
     "The threat model and the protocol of `study` as sentences"
-    a = study.attack
-    start = "from a random point of that ball" if a.random_start else "from the clean image"
-    step = a.step_size if a.step_size is not None else 2.5*a.eps/a.steps
-    return (f"The adversary knows the network and may change every pixel by at most {a.eps:.4g} (that is {a.eps*255:.4g}/255, with images in [0,1])"
-            + (", and the result must again be an image in [0,1]. " if a.clamp else "; as in the reference study the result may leave [0,1]. ")
-            + f"It runs PGD with {a.steps} steps of {step:.4g} {start}. An image counts as robust only if the network is right about it both clean and attacked, so robust accuracy never exceeds clean accuracy. "
-            f"Parents were trained for {study.epochs} epochs; fine-tuning took {study.fine_tune_epochs}, the adversarial one against PGD with {study.train_attack.steps} steps. "
-            "The test images served for the final evaluation of each network and for nothing else; quantizers were calibrated on training images. "
+    return (f"{_adversary(study.attack)} An image counts as robust only if the network is right about it both clean "
+            "and attacked, so robust accuracy never exceeds clean accuracy. "
+            f"Parents were trained for {study.epochs} epochs; fine-tuning took {study.fine_tune_epochs}, "
+            f"the adversarial one against PGD with {study.train_attack.steps} steps. "
+            "The test images served for the final evaluation of each network and for nothing else; "
+            "quantizers were calibrated on training images. "
             "Intervals are 95 % (Wilson) for the sampling of test images alone. "
-            "Robust accuracy against one attack is an upper bound, for quantized networks especially: rounding can hide gradients from an attack that stronger ones would find. Where the guards found a sign of that, the figure carries a ≤. "
-            "Quantized networks are differentiable twins in floating point: their bytes are what the integer network stores, their latency is the twin's own. "
-            + versions(study.results())).strip()
+            "Robust accuracy against one attack is an upper bound, for quantized networks especially: rounding can "
+            "hide gradients from an attack that stronger ones would find. "
+            "Where the guards found a sign of that, the figure carries a ≤. "
+            "Quantized networks are fake-quantized networks in floating point: their bytes are what the integer "
+            "network stores, their latency is that of the network in floating point. "
+            f"{versions(study.results())}").strip()
 
+# %% ../../nbs/study/03_page.ipynb #0d0d6cee
 def png_bytes(
     fig:Figure,
 ) -> bytes:
@@ -43,6 +55,22 @@ def png_bytes(
     return buffer.getvalue()
 
 # %% ../../nbs/study/03_page.ipynb #86245d42
+def _html(study, df, picture):
+    "The page as text; `picture` is a PNG"
+    missing = len(study.cells())-len(df)
+    said = f"adverfine study, {len(df)} cells" + (f", {missing} still to be measured" if missing else "")
+    details = df.round(dict(clean=4, robust=4, clean_ci=4, robust_ci=4, latency_ms=2, seconds=1))
+    data = escape(study.data)
+    def table(o): return f'<div class=wide>{o.to_html(index=False, border=0)}</div>'
+    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>adverfine: {data}</title><style>{page_css}</style>"
+            f"<h1>Compressed, then fine-tuned: {data}</h1><p class=quiet>{said}</p>"
+            "<img alt='Clean and robust accuracy against the level of compression' "
+            f"src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
+            f"<h2>What was measured</h2><p>{escape(in_words(study))}</p>"
+            f"<h2>Clean / robust accuracy in percent, by fine-tuning</h2>{table(accuracy_table(df))}"
+            f"<details><summary>Every cell</summary>{table(details)}</details></html>")
+
 def write_report(
     study:Study, # A study, finished or not
 ) -> dict: # Name -> path of what was written
@@ -50,13 +78,7 @@ def write_report(
     df = study.results()
     if not len(df): raise ValueError(f"{study.out} holds no finished cell of this study: run it first")
     picture = png_bytes(plot_study(df))
-    missing = len(study.cells())-len(df)
-    details = df.round(dict(clean=4, robust=4, clean_ci=4, robust_ci=4, latency_ms=2, seconds=1))
-    html = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>adverfine: {escape(study.data)}</title><style>{page_css}</style>"
-            f"<h1>Compressed, then fine-tuned: {escape(study.data)}</h1><p class=quiet>adverfine study, {len(df)} cells" + (f", {missing} still to be measured" if missing else "") + "</p>"
-            f"<img alt='Clean and robust accuracy against the level of compression' src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
-            f"<h2>What was measured</h2><p>{escape(in_words(study))}</p><h2>Clean / robust accuracy in percent, by fine-tuning</h2><div class=wide>{accuracy_table(df).to_html(index=False, border=0)}</div>"
-            f"<details><summary>Every cell</summary><div class=wide>{details.to_html(index=False, border=0)}</div></details></html>")
-    files = {'results.csv': df.drop(columns='verdict').to_csv(index=False), 'figure.png': picture, 'report.html': html}
+    files = {'results.csv': df.drop(columns='verdict').to_csv(index=False), 'figure.png': picture,
+             'report.html': _html(study, df, picture)}
     for name,content in files.items(): write_atomic(study.out/name, content)
     return {name: study.out/name for name in files}

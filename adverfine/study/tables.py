@@ -1,4 +1,4 @@
-"""A study as a table and as a picture
+"""A study as a table and as a figure
 
 Docs: https://adverfine.github.io/adverfine/study/tables.html.md"""
 
@@ -12,55 +12,78 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/study/02_tables.ipynb #65dcba45
+_tunings = dict(none='not fine-tuned', standard='standard', adversarial='adversarial')
+
+def _mean(accuracies):
+    "In percent, with the standard deviation if there are several"
+    mean = f'{accuracies.mean()*100:.1f}'
+    if len(accuracies)==1: return mean
+    return f'{mean}±{accuracies.std()*100:.1f}'
+
+def _clean_and_robust(rows):
+    bound = '' if (rows.verdict=='trusted').all() else '≤'
+    return f'{_mean(rows.clean)} / {bound}{_mean(rows.robust)}'
+
+def _how_much(compression, level):
+    if compression=='none': return ''
+    if compression=='prune': return f'{level:.0%} of channels'
+    return f'{level:g} bit' if level==1 else f'{level:g} bits'
+
 def accuracy_table(
     df:pd.DataFrame, # A study's results
 ) -> pd.DataFrame: # One row a parent, compression and level; clean and robust accuracy for each fine-tuning
     "Clean / robust accuracy in percent, averaged over seeds; ≤ marks figures that a guard flagged"
-    def cell(g):
-        shown = [mark + f'{g[k].mean()*100:.1f}' + (f'±{g[k].std()*100:.1f}' if len(g)>1 else '') for k,mark in dict(clean='', robust='' if (g.verdict=='trusted').all() else '≤').items()]
-        return ' / '.join(shown)
-    keys = ['parent', 'compression', 'level', 'fine_tuning']
-    text = pd.Series({k: cell(g) for k,g in df.groupby(keys, sort=False)}).rename_axis(keys).unstack().reindex(columns=[o for o in _tunings if o in set(df.fine_tuning)])
-    price = df.groupby(keys[:3], sort=False)[['macs', 'bytes']].first()
-    order = df[keys[:3]].drop_duplicates().apply(tuple, axis=1)
-    res = text.join(price).loc[list(order)].reset_index()
-    res['level'] = [_level(c, l) for c,l in zip(res.compression, res.level)]
-    for k in ('macs', 'bytes'): res[k] = res[k].map('{:,}'.format)
-    return res.fillna('').rename(columns=_tunings | dict(macs='MACs'))
-
-_tunings = dict(none='not fine-tuned', standard='standard', adversarial='adversarial')
-def _level(compression, level): return dict(none='', prune=f'{level:.0%} of channels', quantize=f'{level:g} bit' + 's'*(level!=1))[compression]
+    keys = ['parent', 'compression', 'level']
+    shown = pd.Series({k: _clean_and_robust(rows) for k,rows in df.groupby([*keys, 'fine_tuning'], sort=False)})
+    present = [o for o in _tunings if o in set(df.fine_tuning)]
+    table = shown.rename_axis([*keys, 'fine_tuning']).unstack().reindex(columns=present)
+    price = df.groupby(keys, sort=False)[['macs', 'bytes']].first()
+    order = list(df[keys].drop_duplicates().itertuples(index=False, name=None))
+    table = table.join(price).loc[order].reset_index()
+    table['level'] = [_how_much(c, l) for c,l in zip(table.compression, table.level)]
+    for k in ('macs', 'bytes'): table[k] = table[k].map('{:,}'.format)
+    return table.fillna('').rename(columns=_tunings | dict(macs='MACs'))
 
 # %% ../../nbs/study/02_tables.ipynb #c7e218ae
+_colours = dict(standard='#4477aa', adversarial='#cc6644')
+_labels = dict(prune='share of channels removed', quantize='bits of weights and activations', none='not compressed')
+
+def _panel(ax, df, kind):
+    "Four curves for one kind of compression, the uncompressed network leftmost"
+    df = df[df.compression.isin([kind, 'none'])]
+    levels = sorted(df.level.unique())
+    at = levels
+    if kind=='quantize':
+        levels.sort(key=lambda bits: -(bits or 32))  # 0 bits stand for floats
+        at = range(len(levels))
+    places = dict(zip(levels, at))
+    for tuning,colour in _colours.items():
+        rows = df[df.fine_tuning==tuning].groupby('level')[['clean', 'robust', 'clean_ci', 'robust_ci']].mean()
+        rows = rows.reindex(levels).dropna()
+        if not len(rows): continue
+        for what,style,fill in (('clean', '-', colour), ('robust', '--', 'white')):
+            ax.errorbar([places[o] for o in rows.index], rows[what], rows[f'{what}_ci'], fmt=f'o{style}', color=colour,
+                        mfc=fill, ms=4.5, lw=1.6, elinewidth=.8, label=f'{what}, {tuning} fine-tuning')
+    if kind=='quantize': ax.set_xticks(at, [f'{o:g}' if o else 'float' for o in levels])
+    if kind=='none': ax.set_xticks([0], ['dense'])
+    ax.set(xlabel=_labels[kind], ylim=(0, 1))
+    ax.grid(alpha=.25)
+    ax.spines[['top', 'right']].set_visible(False)
+
+# %% ../../nbs/study/02_tables.ipynb #c8dffa8f
 def plot_study(
     df:pd.DataFrame, # A study's results
-) -> Figure:
-    "Clean and robust accuracy against level, standard against adversarial fine-tuning; a panel each for pruning and quantization, a row each for the parents"
-    panels,parents = [c for c in ('prune', 'quantize') if c in set(df.compression)] or ['none'],list(dict.fromkeys(df.parent))
-    fig = Figure(figsize=(5.2*len(panels), 3.9*len(parents)), dpi=110, layout='constrained')
-    axs = fig.subplots(len(parents), len(panels), squeeze=False, sharey=True)
-    for axrow,parent in zip(axs, parents):
-        for ax,kind in zip(axrow, panels): _panel(ax, df[df.parent==parent], kind)
-        axrow[0].set_ylabel('accuracy' if len(parents)==1 else f'accuracy ({parent} parent)')
+) -> Figure: # A panel each for pruning and quantization, a row each for the parents
+    "Clean and robust accuracy against level, standard against adversarial fine-tuning"
+    kinds = [o for o in ('prune', 'quantize') if o in set(df.compression)] or ['none']
+    parents = list(dict.fromkeys(df.parent))
+    fig = Figure(figsize=(5.2*len(kinds), 3.9*len(parents)), dpi=110, layout='constrained')
+    axs = fig.subplots(len(parents), len(kinds), squeeze=False, sharey=True)
+    for row,parent in zip(axs, parents):
+        for ax,kind in zip(row, kinds): _panel(ax, df[df.parent==parent], kind)
+        row[0].set_ylabel('accuracy' if len(parents)==1 else f'accuracy ({parent} parent)')
     first = df.iloc[0]
     fig.suptitle(f'{first.data}: {first.attack}, eps {first.eps:.3g} in pixels, {first.n} test images', fontsize=11)
     handles,labels = axs[0,0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     return fig
-
-_colours = dict(standard='#4477aa', adversarial='#cc6644')
-_labels = dict(prune='share of channels removed', quantize='bits of weights and activations', none='not compressed')
-
-def _panel(ax, df, kind):
-    df = df[df.compression.isin([kind, 'none'])]
-    levels = sorted(df.level.unique(), key=(lambda o: -(o or 32)) if kind=='quantize' else None)
-    at = {l: (l if kind!='quantize' else i) for i,l in enumerate(levels)}
-    for tuning,colour in _colours.items():
-        g = df[df.fine_tuning==tuning].groupby('level')[['clean', 'robust', 'clean_ci', 'robust_ci']].mean().reindex(levels).dropna()
-        for what,style,fill in (('clean', '-', colour), ('robust', '--', 'white')):
-            if len(g): ax.errorbar([at[l] for l in g.index], g[what], g[f'{what}_ci'], fmt=f'o{style}', color=colour, mfc=fill, ms=4.5, lw=1.6, elinewidth=.8, label=f'{what}, {tuning} fine-tuning')
-    if kind=='quantize': ax.set_xticks(range(len(levels)), [f'{l:g}' if l else 'float' for l in levels])
-    elif kind=='none': ax.set_xticks([0], ['dense'])
-    ax.set(xlabel=_labels[kind], ylim=(0, 1))
-    ax.grid(alpha=.25)
-    ax.spines[['top', 'right']].set_visible(False)

@@ -33,7 +33,7 @@ def require(
         verb = 'is' if len(missing)==1 else 'are'
         raise ImportError(f"{', '.join(missing)} {verb} not installed: pip install 'adverfine[{extra}]'")
 
-# %% ../../nbs/deployment/04_onnx.ipynb #a564c135
+# %% ../../nbs/deployment/04_onnx.ipynb #0a11c0de
 def _own_zeros(proto):
     "Give each layer's weight its own zero point, where the exporter lets several share one"
     shared = {o.name: o for o in proto.graph.initializer}
@@ -54,6 +54,7 @@ def _without_origin(proto):
         o.ClearField('doc_string')
     del graph.value_info[:]
 
+# %% ../../nbs/deployment/04_onnx.ipynb #a564c135
 def to_onnx(
     model:nn.Module, # A network; a fake-quantized one becomes integers
     shape:tuple, # Of one image (C,H,W)

@@ -63,7 +63,8 @@ def _in_five_kinds(make, x):
         pruned = prune(deepcopy(dense), .5, x[:2])
         int8,pruned_int8 = deepcopy(dense),deepcopy(pruned)
         for o in (int8, pruned_int8): quantize(o, 8, [x])
-    kinds = {'dense float32': dense, 'dense bfloat16': dense, 'pruned': pruned, 'int8': int8, 'pruned int8': pruned_int8}
+    kinds = {'dense float32': dense, 'dense bfloat16': dense, 'pruned': pruned,
+             'int8': int8, 'pruned int8': pruned_int8}
     for o in kinds.values(): o.eval()
     return kinds
 
@@ -108,7 +109,7 @@ def inference_race(
     engines=None, # Names; default: all that are installed
     batches=(1, 64), # Images at a time
     rounds:int=5, # Turns of five calls that each takes; the median counts
-) -> dict: # A row for each network, engine, batch and kind: milliseconds, times faster than dense float32 in that engine
+) -> dict: # A row for each network, engine, batch and kind: milliseconds, times faster than dense float32 there
     "Dense, pruned and quantized networks in one engine after another"
     missing = _not_installed()
     installed = [o for o in engines or _engines if find_spec(_engines[o][1])]

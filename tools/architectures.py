@@ -1,4 +1,4 @@
-"Try compression on networks that were not written for it: python tools/architectures.py writes nbs/tutorials/architectures.csv"
+"Try compression on networks that were not written for it; `python tools/architectures.py` writes its table"
 import argparse, csv, subprocess, sys, time
 from pathlib import Path
 

@@ -10,19 +10,18 @@ __all__ = ['precision_check', 'bits_check', 'recipe_race']
 # %% ../../nbs/bench/04_recipes.ipynb #f13f3f7c
 import json
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 import torch, pandas as pd
 from tqdm.auto import tqdm
 from torch import nn
 from safetensors.torch import load_file, save
+from fastcore.basics import store_attr
 from fastai.callback.channelslast import ChannelsLast
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
-import adverfine.compression.pruning, adverfine.compression.quantization # noqa: F401 verbs of a Learner
-import adverfine.training.recipes  # noqa: F401 verbs of a Learner
+import adverfine.compression.pruning, adverfine.compression.quantization, adverfine.training.recipes  # noqa: F401
 from ..files import locked, write_atomic
 from ..networks.zoo import cnn8
 from ..networks.precision import bf16_is_fast
@@ -49,10 +48,6 @@ def _on_test_images(dls, model, progress=True):
     report = evaluate(model.eval(), *pixels(dls.test), PGD(race_eps, steps=20), seed=0, progress=progress)
     return dict(clean=report.clean, robust=report.robust)
 
-def _mean_differences(rows):
-    mean = pd.DataFrame(rows).groupby('precision')[['clean', 'robust']].mean()
-    return {f'{k}_difference': round(float(mean.loc['bfloat16', k]-mean.loc['float32', k]), 4) for k in mean}
-
 def precision_check(
     seeds=(0,1,2), # A pair of trainings each
     epochs:int=3, # Of each training
@@ -61,16 +56,17 @@ def precision_check(
     **kwargs # For the data set, such as `path`
 ) -> dict: # Clean and robust accuracy for each precision and seed, and the differences of the means
     "Adversarial training of `cnn8` in bfloat16 and in float32: robust accuracy of the two"
-    precisions = dict(bfloat16=BF16, float32=ChannelsLast)
     rows = []
-    for seed,name in tqdm([(s, k) for s in seeds for k in precisions], desc='trainings', delay=60):
+    for seed,name in tqdm([(s, k) for s in seeds for k in ('bfloat16', 'float32')], desc='trainings', delay=60):
         with no_random(seed):
             dls = data_sets[data](n_train=n_train, seed=seed, **kwargs)
             learn = Learner(dls, _cnn8_for(dls), loss_func=nn.CrossEntropyLoss())
-            cbs = [AdversarialTraining(PGD(race_eps, steps=race_steps)), precisions[name]()]
+            cbs = [AdversarialTraining(PGD(race_eps, steps=race_steps)), BF16() if name=='bfloat16' else ChannelsLast()]
             with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3, cbs=cbs)
         rows.append(dict(precision=name, seed=seed) | _on_test_images(dls, learn.model))
-    return dict(epochs=epochs, images=n_train, test_images=len(dls.test.dataset), **_mean_differences(rows), parts=rows)
+    mean = pd.DataFrame(rows).groupby('precision')[['clean', 'robust']].mean()
+    lead = {f'{k}_difference': round(float(mean.loc['bfloat16', k]-mean.loc['float32', k]), 4) for k in mean}
+    return dict(epochs=epochs, images=n_train, test_images=len(dls.test.dataset), **lead, parts=rows)
 
 # %% ../../nbs/bench/04_recipes.ipynb #95de27b8
 def _that_matter(kwargs):
@@ -139,9 +135,8 @@ def bits_check(
     "What few bits cost `cnn8` in robust accuracy"
     folder = _Folder(out, epochs=epochs, parent_epochs=parent_epochs, data=data, **_that_matter(kwargs))
     dls = data_sets[data](seed=seed, **kwargs)
-    name = f'parent-{seed}'
-    parent = folder.network(name, _cnn8_for(dls), lambda: _robust_cnn8(dls, seed, parent_epochs))
-    whole = folder(name, lambda: _on_test_images(dls, parent, progress=False))
+    parent = folder.network(f'parent-{seed}', _cnn8_for(dls), lambda: _robust_cnn8(dls, seed, parent_epochs))
+    whole = folder(f'parent-{seed}', lambda: _on_test_images(dls, parent, progress=False))
     rows = []
     for b in tqdm(bits, desc='quantized networks', delay=60):
         row = folder(f'{b}-{seed}', lambda: _in_few_bits(dls, parent, b, epochs, seed))
@@ -152,46 +147,32 @@ def bits_check(
 # %% ../../nbs/bench/04_recipes.ipynb #00413ba0
 _replays = 4
 _recipes = dict(
-    madry=lambda attack, teacher: [AdversarialTraining(attack)],
-    madry_average=lambda attack, teacher: [AdversarialTraining(attack), WeightAverage()],
-    madry_awp=lambda attack, teacher: [AdversarialTraining(attack), AWP()],
-    trades=lambda attack, teacher: [AdversarialTraining(attack, TRADES(6))],
-    mart=lambda attack, teacher: [AdversarialTraining(attack, MART(5))],
+    madry=lambda attack, _: [AdversarialTraining(attack)],
+    madry_average=lambda attack, _: [AdversarialTraining(attack), WeightAverage()],
+    madry_awp=lambda attack, _: [AdversarialTraining(attack), AWP()],
+    trades=lambda attack, _: [AdversarialTraining(attack, TRADES(6))],
+    mart=lambda attack, _: [AdversarialTraining(attack, MART(5))],
     rslad=lambda attack, teacher: [AdversarialTraining(attack, teacher=teacher)],
-    rslad_nfgsm=lambda attack, teacher: [
-        AdversarialTraining(NFGSM(attack.eps), teacher=teacher), WeightAverage()],
-    fgsm_rs=lambda attack, teacher: [AdversarialTraining(FGSMRS(attack.eps)), StopOnCatastrophe()],
-    fgsm_rs_average=lambda attack, teacher: [
-        AdversarialTraining(FGSMRS(attack.eps)), WeightAverage(), StopOnCatastrophe()],
-    nfgsm=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps)), StopOnCatastrophe()],
-    nfgsm_average=lambda attack, teacher: [
-        AdversarialTraining(NFGSM(attack.eps)), WeightAverage(), StopOnCatastrophe()],
-    free=lambda attack, teacher: [FreeAdversarialTraining(attack.eps, replays=_replays), StopOnCatastrophe()])
+    rslad_nfgsm=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps), teacher=teacher), WeightAverage()],
+    fgsm_rs=lambda attack, _: [AdversarialTraining(FGSMRS(attack.eps)), StopOnCatastrophe()],
+    fgsm_rs_average=lambda attack, _: [AdversarialTraining(FGSMRS(attack.eps)), WeightAverage(), StopOnCatastrophe()],
+    nfgsm=lambda attack, _: [AdversarialTraining(NFGSM(attack.eps)), StopOnCatastrophe()],
+    nfgsm_average=lambda attack, _: [AdversarialTraining(NFGSM(attack.eps)), WeightAverage(), StopOnCatastrophe()],
+    free=lambda attack, _: [FreeAdversarialTraining(attack.eps, replays=_replays), StopOnCatastrophe()])
 
-_compressions = {
-    'pruned 0.5': lambda learn: learn.prune(.5),
-    'pruned 0.9': lambda learn: learn.prune(.9),
-    'int4': lambda learn: learn.quantize(4)}
+_compressions = {'pruned 0.5': lambda learn: learn.prune(.5), 'pruned 0.9': lambda learn: learn.prune(.9),
+                 'int4': lambda learn: learn.quantize(4)}
 
 # %% ../../nbs/bench/04_recipes.ipynb #5c7e92f8
-@dataclass
 class _Heats:
     "One parent, and fine-tunings of it; what was measured is kept in the folder `out`"
-    out:Path
-    seconds:float
-    seed:int
-    n:int
-    lr:float
-    data:str
-    kwargs:dict
-
-    def __post_init__(self):
-        self.kept = _Folder(self.out, seconds=self.seconds, n=self.n, lr=self.lr, data=self.data,
-                            **_that_matter(self.kwargs))
-        self.dls = data_sets[self.data](seed=self.seed, **self.kwargs)
+    def __init__(self, out, seconds, seed, n, lr, data, kwargs):
+        store_attr()
+        self.kept = _Folder(out, seconds=seconds, n=n, lr=lr, data=data, **_that_matter(kwargs))
+        self.dls = data_sets[data](seed=seed, **kwargs)
         self.attack = PGD(race_eps, steps=5)
-        def train(): return _robust_cnn8(self.dls, self.seed)
-        self.parent = self.kept.network(f'parent-{self.seed}', _cnn8_for(self.dls), train)
+        net = _cnn8_for(self.dls)
+        self.parent = self.kept.network(f'parent-{seed}', net, lambda: _robust_cnn8(self.dls, seed))
         self.teacher = deepcopy(self.parent).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def learner(self, network, batches):
@@ -218,30 +199,22 @@ def _seconds_of_step(heats, recipe, network):
 
 def _fine_tuned(heats, recipe, network):
     "The network after its seconds, the images that it has seen, and the epochs"
-    replays = _replays if recipe=='free' else 1
-    batches = heats.seconds/_seconds_of_step(heats, recipe, network)/replays
+    batches = heats.seconds/_seconds_of_step(heats, recipe, network)/(_replays if recipe=='free' else 1)
     epochs = max(3, round(batches/len(heats.dls.train)))
     with no_random(heats.seed):
         learn = heats.learner(network, max(1, round(batches/epochs)))
         heats.fit(learn, recipe, epochs, heats.lr)
     return learn.model,len(learn.dls.train)*learn.dls.train.bs*epochs,epochs
 
-# %% ../../nbs/bench/04_recipes.ipynb #2a466cc5
-_judges = 2000
-
 def _judged(heats, model):
     "Accuracies on validation images"
-    x,y = (o[:_judges] for o in pixels(heats.dls.valid))
+    x,y = (o[:2000] for o in pixels(heats.dls.valid))
     pgd20,pgd50 = (PGD(race_eps, steps=n) for n in (20, 50))
-    settings = dict(seed=heats.seed, progress=False)
-    report = evaluate(model.eval(), x, y, [pgd20, pgd50], **settings)
-    auto = evaluate(model, x[:heats.n], y[:heats.n], [pgd20, AutoAttack(race_eps)], **settings)
+    report = evaluate(model.eval(), x, y, [pgd20, pgd50], seed=heats.seed, progress=False)
+    few = x[:heats.n],y[:heats.n]
+    auto = evaluate(model, *few, [pgd20, AutoAttack(race_eps)], seed=heats.seed, progress=False)
     after20,after50 = report.robust_after.values()
     return dict(clean=report.clean, pgd20=after20, pgd50=after50, autoattack=auto.robust)
-
-def _parent_row(heats):
-    def measure(): return dict(recipe='parent', network='dense', seed=heats.seed) | _judged(heats, heats.parent)
-    return heats.kept(f'parent-{heats.seed}', measure)
 
 def _row_of(heats, recipe, network):
     def measure():
@@ -269,7 +242,8 @@ def recipe_race(
     heats = _Heats(Path(out), seconds, seed, n, lr, data, kwargs)
     entries = [(r, w) for w in networks or _compressions for r in recipes or _recipes]
     for o in tqdm(entries, desc='paces', delay=60): _seconds_of_step(heats, *o)
-    rows = [_parent_row(heats)]
+    def parent_row(): return dict(recipe='parent', network='dense', seed=seed) | _judged(heats, heats.parent)
+    rows = [heats.kept(f'parent-{seed}', parent_row)]
     for o in tqdm(entries, desc='recipes', delay=60): rows.append(_row_of(heats, *o))
     df = pd.DataFrame(rows)
     write_atomic(heats.out/f'recipes-{seed}.csv', df.to_csv(index=False))

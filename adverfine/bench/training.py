@@ -162,7 +162,7 @@ _packages = {'ART': 'art'} # that contestants need, where adverfine itself does 
 def training_step(
     who:str, # A contestant; or 'matrices bfloat16', 'matrices float32', 'overhead'
     n:int=6, # Steps that are timed, after three that are not
-) -> float: # Seconds of a step; of a product of two matrices, 2048 by 2048; for 'overhead', the Learner's share of a step
+) -> float: # Seconds of a step; of a product of two matrices, 2048 by 2048; or the Learner's share of a step
     "Time a step of adversarial training in this process"
     if who in _packages and not find_spec(_packages[who]):
         raise ImportError(f"{who} is not installed: pip install 'adverfine[bench]'")
@@ -171,7 +171,8 @@ def training_step(
 # %% ../../nbs/bench/03_training.ipynb #e4fcedf4
 def _in_own_process(who, n):
     "Seconds of a step of `who`"
-    call = ('import sys, warnings; warnings.simplefilter("ignore"); from adverfine.bench.training import training_step; '
+    call = ('import sys, warnings; warnings.simplefilter("ignore"); '
+            'from adverfine.bench.training import training_step; '
             f'sys.stdout.write(str(training_step({who!r}, {n})))')
     done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True)
     if done.returncode: raise ChildProcessError(f'{who} failed:\n{done.stderr.strip()[-2000:]}')

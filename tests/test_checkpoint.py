@@ -47,7 +47,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space'): write_atomic(f, 'new')
     assert f.read_text()=='old' and list(tmp_path.iterdir())==[f]
 
-verbs = dict(dense=(), pruned=(('prune',.5),), bits8=(('quantize',8),), bits1=(('quantize',1),), both=(('prune',.3),('quantize',4)))
+verbs = dict(dense=(), pruned=(('prune',.5),), bits8=(('quantize',8),), bits1=(('quantize',1),),
+             both=(('prune',.3),('quantize',4)))
 
 @pytest.mark.parametrize('verb', verbs)
 @pytest.mark.parametrize('normalize', [None, (.5,.25)])
@@ -105,7 +106,8 @@ def test_diverged_and_reported(tmp_path):
     assert compressed_info(tmp_path)['report']=={'robust': .5, 'left': {'10': .1, '9': [1,2]}}
     with pytest.raises(ValueError, match='what JSON can hold'): learn.save_compressed(tmp_path, report=float('nan'))
 
-def _small(width=8): return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width*36, 10))
+def _small(width=8):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width*36, 10))
 def _other(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
 
 def test_ones_own_factory(tmp_path):
@@ -127,7 +129,7 @@ def test_another_width_is_the_file_s_another_layer_is_refused(tmp_path):
     def make(n=64, out=10, bias=True): return nn.Sequential(nn.Flatten(), nn.LayerNorm(n), nn.Linear(n, out, bias=bias))
     learn.save_compressed(tmp_path, factory=make)
     assert _same(learn, load_compressed(tmp_path, factory=make))
-    assert _same(learn, load_compressed(tmp_path, factory=partial(make, 65)))       # sizes are the file's, as after pruning
+    assert _same(learn, load_compressed(tmp_path, factory=partial(make, 65))) # sizes are the file's, as after pruning
     with pytest.raises(ValueError, match=r"tensor '2.bias' is float32 \(10,\) in the file and missing"):
         load_compressed(tmp_path, factory=partial(make, bias=False))
 
@@ -199,8 +201,8 @@ def test_networks_are_found_by_their_old_names_and_their_new_ones(tmp_path, make
     (tmp_path/'model.json').write_text(json.dumps(dict(record, checksum=_checksum(record)), indent=1))
     net = load_compressed(tmp_path)
     assert _same(learn, net)
-    _learner(net, learn.dls).save_compressed(tmp_path/'again')                       # is saved by its new name
-    assert compressed_info(tmp_path/'again')['factory']==dict(record['factory'], factory=f'adverfine.networks.zoo.{make.__name__}')
+    _learner(net, learn.dls).save_compressed(tmp_path/'again')        # by its new name
+    assert compressed_info(tmp_path/'again')['factory']['factory']==f'adverfine.networks.zoo.{make.__name__}'
 
 def test_a_network_changed_by_hand_is_not_saved(tmp_path):
     learn = _learner(cnn8(size=8))
@@ -238,7 +240,7 @@ def test_a_full_disk_leaves_the_old_network(tmp_path, monkeypatch, fails):
     (tmp_path/'notes.txt').write_text('mine')
     learn.save_compressed(tmp_path)
     assert _same(learn, load_compressed(tmp_path))
-    assert {f.suffix for f in tmp_path.iterdir()}=={'.json', '.safetensors', '.txt', '.md'} and len(list(tmp_path.iterdir()))==4
+    assert sorted(f.suffix for f in tmp_path.iterdir())==['.json', '.md', '.safetensors', '.txt']
 
 # Mutants
 
@@ -359,12 +361,13 @@ def _factory(name, kwargs): return _set('factory', dict(factory=name, kwargs=kwa
 
 hostile = [_set('factory', 'factory', o) for o in (
     'os.system', 'builtins.eval', 'subprocess.Popen', 'torchvision.models.get_model',
-    'torchvision.models.resnet18.__init__', 'torchvision.models.os.system', 'torchvision.models.segmentation.fcn_resnet50',
+    'torchvision.models.resnet18.__init__', 'torchvision.models.os.system',
+    'torchvision.models.segmentation.fcn_resnet50',
     'adverfine.models.adopt', 'adverfine.models', 'adverfine.networks.zoo.wraps', 'adverfine.networks.zoo', 'cnn8',
     '', '.', '\ud800', None, 7, ['adverfine.models.cnn8'], {}, 'torchvision.models.resnet18')]
 hostile += [_set('factory', 'kwargs', o) for o in (
-    None, 7, [], 'size', dict(size='8'), dict(size=-8), dict(size=0), dict(size=huge), dict(size=10**30), dict(size=8.5),
-    dict(size=None), dict(size=[8]), dict(size=True), dict(weights='DEFAULT'), dict(size=8, n_out=-1),
+    None, 7, [], 'size', dict(size='8'), dict(size=-8), dict(size=0), dict(size=huge), dict(size=10**30),
+    dict(size=8.5), dict(size=None), dict(size=[8]), dict(size=True), dict(weights='DEFAULT'), dict(size=8, n_out=-1),
     dict(size=8, n_out=huge), dict(size=8, in_channels=huge), dict(size=8, in_channels=3),
     {'__class__': 'os.system'}, {'factory': 'os.system'}, {'self': 1})]
 hostile += [_factory('torchvision.models.resnet18', o) for o in (
@@ -376,7 +379,8 @@ hostile += [_set('layers', '2', 'type', o)
             for o in ('os.system', 'Linear', 'Conv2d', 'QuantLinear', None, ['QuantConv2d'], KeyError)]
 _settings = dict(bits=(5, 0, -1, huge, 4.0, '4', True, None, KeyError), signed=(1, 'yes', None, KeyError),
                  through=('os.system', KeyError), lo=(-8,))
-hostile += [_set('layers', '2', q, k, o) for q in ('w_quant', 'x_quant') for k,values in _settings.items() for o in values]
+hostile += [_set('layers', '2', q, k, o)
+            for q in ('w_quant', 'x_quant') for k,values in _settings.items() for o in values]
 hostile += [_set('layers', '2', 'w_quant', o) for o in (None, [], 'Quantizer', KeyError)]
 hostile += [_set('layers', '2', 'z_quant', {})]
 hostile += [_set('layers', k, o) for k,o in (

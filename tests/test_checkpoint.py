@@ -107,7 +107,8 @@ def test_diverged_and_reported(tmp_path):
     with pytest.raises(ValueError, match='what JSON can hold'): learn.save_compressed(tmp_path, report=float('nan'))
 
 def _small(width=8):
-    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width*36, 10))
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(width*36, 10))
 def _other(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
 
 def test_ones_own_factory(tmp_path):

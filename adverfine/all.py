@@ -1,6 +1,7 @@
 """What one needs every day, with fastai's vision: `from adverfine.all import *`
 
-Everything else is reached through its module, such as `adverfine.evaluation.guards`. No name of `fastai.vision.all` changes its meaning.
+Everything else is reached through its module, such as `adverfine.evaluation.guards`.
+No name of `fastai.vision.all` changes its meaning.
 """
 from fastai.vision.all import *
 from .threat import PixelModel, PixelSpace, ThreatModel, pixel_space

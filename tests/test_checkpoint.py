@@ -47,7 +47,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space'): write_atomic(f, 'new')
     assert f.read_text()=='old' and list(tmp_path.iterdir())==[f]
 
-verbs = dict(dense=(), pruned=(('prune',.5),), bits8=(('quantize',8),), bits1=(('quantize',1),), both=(('prune',.3),('quantize',4)))
+verbs = dict(dense=(), pruned=(('prune',.5),), bits8=(('quantize',8),), bits1=(('quantize',1),),
+             both=(('prune',.3),('quantize',4)))
 
 @pytest.mark.parametrize('verb', verbs)
 @pytest.mark.parametrize('normalize', [None, (.5,.25)])
@@ -105,7 +106,9 @@ def test_diverged_and_reported(tmp_path):
     assert compressed_info(tmp_path)['report']=={'robust': .5, 'left': {'10': .1, '9': [1,2]}}
     with pytest.raises(ValueError, match='what JSON can hold'): learn.save_compressed(tmp_path, report=float('nan'))
 
-def _small(width=8): return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width*36, 10))
+def _small(width=8):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(width*36, 10))
 def _other(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
 
 def test_ones_own_factory(tmp_path):
@@ -127,8 +130,9 @@ def test_another_width_is_the_file_s_another_layer_is_refused(tmp_path):
     def make(n=64, out=10, bias=True): return nn.Sequential(nn.Flatten(), nn.LayerNorm(n), nn.Linear(n, out, bias=bias))
     learn.save_compressed(tmp_path, factory=make)
     assert _same(learn, load_compressed(tmp_path, factory=make))
-    assert _same(learn, load_compressed(tmp_path, factory=partial(make, 65)))       # sizes are the file's, as after pruning
-    with pytest.raises(ValueError, match=r"tensor '2.bias' is float32 \(10,\) in the file and missing"): load_compressed(tmp_path, factory=partial(make, bias=False))
+    assert _same(learn, load_compressed(tmp_path, factory=partial(make, 65))) # sizes are the file's, as after pruning
+    with pytest.raises(ValueError, match=r"tensor '2.bias' is float32 \(10,\) in the file and missing"):
+        load_compressed(tmp_path, factory=partial(make, bias=False))
 
 def test_every_layer_that_pruning_cuts_can_be_saved(tmp_path):
     "One network with each kind of normalisation, PReLU, a transposed convolution and a scale that is nobody's layer"
@@ -136,9 +140,12 @@ def test_every_layer_that_pruning_cuts_can_be_saved(tmp_path):
         def __init__(self, n): super().__init__(); self.gain = nn.Parameter(torch.rand(n, 1, 1))
         def forward(self, x): return x*self.gain
     def make():
-        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU(8), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.InstanceNorm2d(8, affine=True), Scale(8),
-                             nn.ConvTranspose2d(8, 12, 2, stride=2), nn.GroupNorm(1, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(),
-                             nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 10))
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU(8),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.InstanceNorm2d(8, affine=True), Scale(8),
+            nn.ConvTranspose2d(8, 12, 2, stride=2), nn.GroupNorm(1, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(),
+            nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 10))
     learn = _learner(make())
     dense = {k: v.shape for k,v in learn.model.state_dict().items()}
     learn.prune(.5)
@@ -182,6 +189,22 @@ def test_files_of_the_first_format_load(tmp_path):
     (tmp_path/'model.json').write_text(json.dumps(dict(record, checksum=_checksum(record))))
     assert _same(learn, load_compressed(tmp_path, factory=make))
 
+@pytest.mark.parametrize('make', [cnn8, resnet18_cifar])
+@pytest.mark.parametrize('module', ['adverfine.models', 'adverfine.networks.zoo'])
+def test_networks_are_found_by_their_old_names_and_their_new_ones(tmp_path, make, module):
+    "A folder as a version has written it whose networks were in `adverfine.models`, and one as today"
+    learn = _learner(_stir(cnn8(size=8))) if make is cnn8 else _learner(_stir(resnet18_cifar()), _cifar())
+    learn.prune(.5).quantize(4)
+    learn.save_compressed(tmp_path)
+    record = compressed_info(tmp_path)
+    assert record['factory']['factory']==f'adverfine.networks.zoo.{make.__name__}'
+    record['factory']['factory'] = f'{module}.{make.__name__}'
+    (tmp_path/'model.json').write_text(json.dumps(dict(record, checksum=_checksum(record)), indent=1))
+    net = load_compressed(tmp_path)
+    assert _same(learn, net)
+    _learner(net, learn.dls).save_compressed(tmp_path/'again')        # by its new name
+    assert compressed_info(tmp_path/'again')['factory']['factory']==f'adverfine.networks.zoo.{make.__name__}'
+
 def test_a_network_changed_by_hand_is_not_saved(tmp_path):
     learn = _learner(cnn8(size=8))
     learn.model[1] = nn.Tanh()
@@ -218,12 +241,13 @@ def test_a_full_disk_leaves_the_old_network(tmp_path, monkeypatch, fails):
     (tmp_path/'notes.txt').write_text('mine')
     learn.save_compressed(tmp_path)
     assert _same(learn, load_compressed(tmp_path))
-    assert {f.suffix for f in tmp_path.iterdir()}=={'.json', '.safetensors', '.txt', '.md'} and len(list(tmp_path.iterdir()))==4
+    assert sorted(f.suffix for f in tmp_path.iterdir())==['.json', '.md', '.safetensors', '.txt']
 
 # Mutants
 
 seen,watching = [],False
-_forbidden = {'os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'subprocess.Popen', 'pickle.find_class', 'socket.connect', 'exec', 'compile', 'import'}
+_forbidden = {'os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'subprocess.Popen', 'pickle.find_class',
+              'socket.connect', 'exec', 'compile', 'import'}
 def _audit(event, args):
     if watching and event in _forbidden: seen.append((event, str(args)[:100]))
 sys.addaudithook(_audit)
@@ -286,7 +310,8 @@ def _rehashed(files, record, weights=None):
     if weights is None: weights = next(v for k,v in files.items() if k.endswith('.safetensors'))
     else: record['weights'] = dict(sha256=_sha(weights), bytes=len(weights))
     sha = record['weights'].get('sha256') if isinstance(record.get('weights'), dict) else ''
-    return {'model.json': json.dumps(dict(record, checksum=_checksum(record))).encode(), f"model-{str(sha)[:12].replace('/', '')}.safetensors": weights}
+    return {'model.json': json.dumps(dict(record, checksum=_checksum(record))).encode(),
+            f"model-{str(sha)[:12].replace('/', '')}.safetensors": weights}
 
 def test_a_harmless_looking_edit_is_noticed(saved, tmp_path):
     text = saved[1]['model.json']
@@ -302,8 +327,10 @@ def test_torchvision_is_asked_for_no_weights(tmp_path):
     learn.save_compressed(tmp_path, factory=name, num_classes=10)
     files,record = {f.name: f.read_bytes() for f in tmp_path.iterdir()},compressed_info(tmp_path)
     for kw in (dict(weights='DEFAULT'), dict(pretrained=True), dict(progress=True)):
-        with pytest.raises(ValueError, match='not among those'): learn.save_compressed(tmp_path, factory=name, num_classes=10, **kw)
-        _write(tmp_path, _rehashed(files, dict(record, factory=dict(factory=name, kwargs=dict(num_classes=10, **kw)))))
+        with pytest.raises(ValueError, match='not among those'):
+            learn.save_compressed(tmp_path, factory=name, num_classes=10, **kw)
+        made = dict(factory=name, kwargs=dict(num_classes=10, **kw))
+        _write(tmp_path, _rehashed(files, dict(record, factory=made)))
         assert 'not among those' in str(_load_watched(tmp_path))
 
 def test_the_sums_are_right_again(saved, tmp_path):
@@ -331,24 +358,51 @@ def _set(*keys_and_value):
     return change
 
 huge = 10**12
-hostile = [_set('factory', 'factory', o) for o in ('os.system', 'builtins.eval', 'subprocess.Popen', 'torchvision.models.get_model', 'torchvision.models.resnet18.__init__', 'torchvision.models.os.system',
-               'torchvision.models.segmentation.fcn_resnet50', 'adverfine.models.adopt', 'adverfine.models', 'cnn8', '', '.', '\ud800', None, 7, ['adverfine.models.cnn8'], {}, 'torchvision.models.resnet18')]
-hostile += [_set('factory', 'kwargs', o) for o in (None, 7, [], 'size', dict(size='8'), dict(size=-8), dict(size=0), dict(size=huge), dict(size=10**30), dict(size=8.5), dict(size=None), dict(size=[8]), dict(size=True), dict(weights='DEFAULT'), dict(size=8, n_out=-1),
-               dict(size=8, n_out=huge), dict(size=8, in_channels=huge), dict(size=8, in_channels=3), {'__class__': 'os.system'}, {'factory': 'os.system'}, {'self': 1})]
-hostile += [_set('factory', dict(factory='torchvision.models.resnet18', kwargs=o)) for o in (dict(pretrained=True), dict(weights='DEFAULT'), dict(progress=True), dict(num_classes=huge), dict(num_classes='7'), dict(norm_layer='os.system'), dict(num_classes=10))]
-hostile += [_set('layers', '2', k, o) for k in ('in_channels', 'out_channels', 'groups') for o in (-1, 0, huge, 10**30, '6', 6.0, None, True, [6], 2, KeyError)]
-hostile += [_set('layers', '2', 'type', o) for o in ('os.system', 'Linear', 'Conv2d', 'QuantLinear', None, ['QuantConv2d'], KeyError)]
-hostile += [_set('layers', '2', q, k, o) for q in ('w_quant', 'x_quant') for k,os_ in dict(bits=(5, 0, -1, huge, 4.0, '4', True, None, KeyError), signed=(1, 'yes', None, KeyError), through=('os.system', KeyError), lo=(-8,)).items() for o in os_]
-hostile += [_set('layers', '2', 'w_quant', o) for o in (None, [], 'Quantizer', KeyError)] + [_set('layers', '2', 'z_quant', {})]
-hostile += [_set('layers', k, o) for k,o in (('2', KeyError), ('2', None), ('2', []), ('1', dict(type='Conv2d')), ('forward', dict(type='Linear', in_features=1, out_features=1)), ('__class__', {}))]
+def _factory(name, kwargs): return _set('factory', dict(factory=name, kwargs=kwargs))
+
+hostile = [_set('factory', 'factory', o) for o in (
+    'os.system', 'builtins.eval', 'subprocess.Popen', 'torchvision.models.get_model',
+    'torchvision.models.resnet18.__init__', 'torchvision.models.os.system',
+    'torchvision.models.segmentation.fcn_resnet50',
+    'adverfine.models.adopt', 'adverfine.models', 'adverfine.networks.zoo.wraps', 'adverfine.networks.zoo', 'cnn8',
+    '', '.', '\ud800', None, 7, ['adverfine.models.cnn8'], {}, 'torchvision.models.resnet18')]
+hostile += [_set('factory', 'kwargs', o) for o in (
+    None, 7, [], 'size', dict(size='8'), dict(size=-8), dict(size=0), dict(size=huge), dict(size=10**30),
+    dict(size=8.5), dict(size=None), dict(size=[8]), dict(size=True), dict(weights='DEFAULT'), dict(size=8, n_out=-1),
+    dict(size=8, n_out=huge), dict(size=8, in_channels=huge), dict(size=8, in_channels=3),
+    {'__class__': 'os.system'}, {'factory': 'os.system'}, {'self': 1})]
+hostile += [_factory('torchvision.models.resnet18', o) for o in (
+    dict(pretrained=True), dict(weights='DEFAULT'), dict(progress=True), dict(num_classes=huge), dict(num_classes='7'),
+    dict(norm_layer='os.system'), dict(num_classes=10))]
+hostile += [_set('layers', '2', k, o) for k in ('in_channels', 'out_channels', 'groups')
+            for o in (-1, 0, huge, 10**30, '6', 6.0, None, True, [6], 2, KeyError)]
+hostile += [_set('layers', '2', 'type', o)
+            for o in ('os.system', 'Linear', 'Conv2d', 'QuantLinear', None, ['QuantConv2d'], KeyError)]
+_settings = dict(bits=(5, 0, -1, huge, 4.0, '4', True, None, KeyError), signed=(1, 'yes', None, KeyError),
+                 through=('os.system', KeyError), lo=(-8,))
+hostile += [_set('layers', '2', q, k, o)
+            for q in ('w_quant', 'x_quant') for k,values in _settings.items() for o in values]
+hostile += [_set('layers', '2', 'w_quant', o) for o in (None, [], 'Quantizer', KeyError)]
+hostile += [_set('layers', '2', 'z_quant', {})]
+hostile += [_set('layers', k, o) for k,o in (
+    ('2', KeyError), ('2', None), ('2', []), ('1', dict(type='Conv2d')),
+    ('forward', dict(type='Linear', in_features=1, out_features=1)), ('__class__', {}))]
 hostile += [_set('loose', o) for o in (None, 7, [], 'x', {'x': [1]}, {'0.weight': [1]}, {'0': 1}, {'': []})]
-hostile += [_set('normalize', o) for o in (None, 7, [7], [{}], [dict(mean=[.5])], [dict(mean=['x'], std=[1])], [dict(mean=[.5], std=[0])], [dict(mean=[float('nan')], std=[1])], [dict(mean=[float('inf')], std=[1])], [dict(mean=[.5]*7, std=[.5]*7)], [dict(mean=[10**400], std=[1])])]
-hostile += [_set('input_shape', o) for o in (None, [], [1], [1,8], [3,8,8], [1,-8,8], [1,huge,huge], [1,'8',8], 'abc', [1,8,8,8], [0,8,8], {}, KeyError)]
-hostile += [_set('weights', 'sha256', o) for o in ('', '../../../etc/passwd', '0'*64, None, 7, 'g'*64, KeyError)] + [_set('weights', 'bytes', o) for o in (0, -1, huge, '1', None, KeyError)]
-hostile += [_set('weights', o) for o in (None, [], 'x', KeyError)] + [_set(k, KeyError) for k in ('factory', 'layers', 'normalize', 'format')] + [_set('format', o) for o in (2, '1', None)]
+hostile += [_set('normalize', o) for o in (
+    None, 7, [7], [{}], [dict(mean=[.5])], [dict(mean=['x'], std=[1])], [dict(mean=[.5], std=[0])],
+    [dict(mean=[float('nan')], std=[1])], [dict(mean=[float('inf')], std=[1])], [dict(mean=[.5]*7, std=[.5]*7)],
+    [dict(mean=[10**400], std=[1])])]
+hostile += [_set('input_shape', o) for o in (
+    None, [], [1], [1,8], [3,8,8], [1,-8,8], [1,huge,huge], [1,'8',8], 'abc', [1,8,8,8], [0,8,8], {}, KeyError)]
+hostile += [_set('weights', 'sha256', o) for o in ('', '../../../etc/passwd', '0'*64, None, 7, 'g'*64, KeyError)]
+hostile += [_set('weights', 'bytes', o) for o in (0, -1, huge, '1', None, KeyError)]
+hostile += [_set('weights', o) for o in (None, [], 'x', KeyError)]
+hostile += [_set(k, KeyError) for k in ('factory', 'layers', 'normalize', 'format')]
+hostile += [_set('format', o) for o in (2, '1', None)]
 
 # The sizes of layers are what counts, and nothing here is executed: these describe the same network
-harmless = [dict(size=-8), dict(size=0), dict(size=True), dict(size=8, n_out=huge), dict(size=8, in_channels=huge), dict(size=8, in_channels=3)]
+harmless = [dict(size=-8), dict(size=0), dict(size=True), dict(size=8, n_out=huge), dict(size=8, in_channels=huge),
+            dict(size=8, in_channels=3)]
 
 @pytest.mark.filterwarnings('ignore:Initializing zero-element')
 def test_hostile_descriptions_with_right_sums(saved, tmp_path):
@@ -365,7 +419,8 @@ def test_hostile_descriptions_with_right_sums(saved, tmp_path):
     assert loaded==harmless
 
 def test_files_that_are_no_description(tmp_path, saved):
-    for bad in (b'', b'null', b'[]', b'7', b'"x"', b'['*10**6, b'{"a":'*10**5, b'\x80\x04.', b'9'*10**5, b'{}', b'\xff\xfe\x00', b'NaN', b'{"checksum": null}'):
+    for bad in (b'', b'null', b'[]', b'7', b'"x"', b'['*10**6, b'{"a":'*10**5, b'\x80\x04.', b'9'*10**5, b'{}',
+                b'\xff\xfe\x00', b'NaN', b'{"checksum": null}'):
         _write(tmp_path, dict(saved[1], **{'model.json': bad}))
         assert isinstance(_load_watched(tmp_path), ValueError)
 
@@ -373,9 +428,12 @@ def test_tensors_of_another_kind(saved, tmp_path):
     from safetensors.torch import load, save
     good = load(next(v for k,v in saved[1].items() if k.endswith('.safetensors')))
     first = next(iter(good))
-    for bad in (dict(good, extra=torch.ones(3)), {k: v for k,v in good.items() if k!=first}, dict(good, **{first: good[first].double()}), dict(good, **{first: good[first][None]}), {}, {k.upper(): v for k,v in good.items()}):
+    for bad in (dict(good, extra=torch.ones(3)), {k: v for k,v in good.items() if k!=first},
+                dict(good, **{first: good[first].double()}), dict(good, **{first: good[first][None]}),
+                {}, {k.upper(): v for k,v in good.items()}):
         _write(tmp_path, _rehashed(saved[1], compressed_info(saved[0]), save(bad)))
-        assert isinstance(e := _load_watched(tmp_path), ValueError) and 'tensor ' in str(e)
+        refusal = _load_watched(tmp_path)
+        assert isinstance(refusal, ValueError) and 'tensor ' in str(refusal)
 
 def test_evaluate_names_the_wrong_data_set(tmp_path, capsys):
     _learner(cnn8(3, size=32), _cifar()).save_compressed(tmp_path/'small')

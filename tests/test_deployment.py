@@ -1,4 +1,4 @@
-"Artifacts are the twin: integers, ONNX, PyTorch's integer kernels"
+"Artifacts are the fake-quantized network: integers, ONNX, PyTorch's integer kernels"
 import pytest, torch
 from torch import nn
 from fastai.vision.all import Learner
@@ -40,17 +40,18 @@ def _net(x, seed=0):
 
 @pytest.mark.parametrize('bits', [8, 4, (1, 8), (8, 1), (3, 2), 1])
 @pytest.mark.parametrize('sums', [False, True, 4])
-def test_integers_are_the_twin(bits, sums):
+def test_integers_are_the_fake_quantized_network(bits, sums):
     torch.manual_seed(1)
     x = torch.randn(32, 2, 8, 8)
-    twin = _net(x)
-    quantize(twin, bits, [x], sums=sums)
-    integers = integer_network(twin)
+    fake = _net(x)
+    quantize(fake, bits, [x], sums=sums)
+    integers = integer_network(fake)
     layers = [m for m in integers.modules() if isinstance(m, (IntegerConv2d, IntegerLinear))]
-    assert len(layers)==4 and all(m.codes.dtype==torch.int8 for m in layers) and not any(isinstance(m, nn.BatchNorm2d) for m in integers.modules())
+    assert len(layers)==4 and all(m.codes.dtype==torch.int8 for m in layers)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in integers.modules())
     with torch.no_grad():
-        assert (integers(x)-twin(x)).norm() <= .03*twin(x).norm()
-        m = twin.c                                     # without a BatchNorm, layer by layer it is exact but for the order of sums
+        assert (integers(x)-fake(x)).norm() <= .03*fake(x).norm()
+        m = fake.c                  # without a BatchNorm, layer by layer it is exact but for the order of sums
         torch.testing.assert_close(integers.c(x.repeat(1, 4, 1, 1)), m(x.repeat(1, 4, 1, 1)), rtol=1e-4, atol=1e-4)
 
 def test_folding_is_exact_where_nothing_rounds_differently():
@@ -65,7 +66,8 @@ def test_folding_is_exact_where_nothing_rounds_differently():
 def test_a_network_that_cannot_be_traced_keeps_its_norms():
     class Branching(nn.Sequential):
         def forward(self, x): return super().forward(x) if x.sum()>0 else x
-    net,x = Branching(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)).eval(),torch.rand(4, 1, 8, 8)
+    net = Branching(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)).eval()
+    x = torch.rand(4, 1, 8, 8)
     quantize(net, 8, [x])
     integers = integer_network(net)
     assert isinstance(integers[1], nn.BatchNorm2d)
@@ -98,8 +100,8 @@ def test_onnx_takes_pixels_and_any_number_of_them(learn, tmp_path):
     file = learn.export_onnx(tmp_path/'net.onnx')
     assert flags=={n: m.training for n,m in learn.model.named_modules()}
     x,y = pixels(learn.dls.test)
-    artifact,twin = OnnxNetwork(file),pixel_space(learn.dls).wrap(learn.model.eval())
-    for n in (1, 7, 500): assert (artifact(x[:n]).argmax(1)==twin(x[:n]).argmax(1)).float().mean()>=.99
+    artifact,fake = OnnxNetwork(file),pixel_space(learn.dls).wrap(learn.model.eval())
+    for n in (1, 7, 500): assert (artifact(x[:n]).argmax(1)==fake(x[:n]).argmax(1)).float().mean()>=.99
     ops = [o.op_type for o in onnx.load(file).graph.node]
     assert ops.count('Conv')==6 and ops.count('QuantizeLinear')==8
     assert not any(o.metadata_props or o.doc_string for o in onnx.load(file).graph.node)
@@ -128,7 +130,9 @@ def test_files_that_are_no_networks(tmp_path):
     (tmp_path/'junk.onnx').write_bytes(b'junk'*100)
     with pytest.raises(FileNotFoundError, match='none.onnx is not there'): OnnxNetwork(tmp_path/'none.onnx')
     with pytest.raises(ValueError, match='cannot load .*junk.onnx'): OnnxNetwork(tmp_path/'junk.onnx')
-    with pytest.raises(ValueError, match=r'takes images of shape \(1, 8, 8\), and these have \(1, 9, 9\)'): OnnxNetwork(to_onnx(cnn8(size=8), (1, 8, 8)))(torch.rand(2, 1, 9, 9))
+    small = OnnxNetwork(to_onnx(cnn8(size=8), (1, 8, 8)))
+    with pytest.raises(ValueError, match=r'takes images of shape \(1, 8, 8\), and these have \(1, 9, 9\)'):
+        small(torch.rand(2, 1, 9, 9))
 
 def test_a_network_that_cannot_be_exported_says_why():
     pytest.importorskip('onnxscript')
@@ -140,25 +144,30 @@ def test_a_network_that_cannot_be_exported_says_why():
 def test_missing_packages_are_named(learn, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_room, 'find_spec', lambda o: None)
     with pytest.raises(ImportError, match=r"pip install 'adverfine\[onnx\]'"): learn.export_onnx(tmp_path/'net.onnx')
-    with pytest.raises(ImportError, match=r"pip install 'adverfine\[int8\]'"): lower(learn.model, torch.rand(2, 1, 8, 8))
+    with pytest.raises(ImportError, match=r"pip install 'adverfine\[int8\]'"):
+        lower(learn.model, torch.rand(2, 1, 8, 8))
 
-def test_robustness_of_the_artifact_crafts_on_the_twin(learn):
+def test_robustness_of_the_artifact_crafts_on_the_fake_quantized_network(learn):
     pytest.importorskip('onnxruntime')
     x,y = (o[:64] for o in pixels(learn.dls.test))
-    twin = pixel_space(learn.dls).wrap(learn.model.eval())
-    artifact = OnnxNetwork(to_onnx(twin, (1, 8, 8)))
-    report = evaluate(artifact, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], fake_quantized=twin, progress=False)
-    mine = evaluate(twin, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], progress=False)
-    assert abs(report.clean-mine.clean)<=1/64 and abs(report.robust-mine.robust)<=3/64 and set(report.robust_after)==set(mine.robust_after)
+    fake = pixel_space(learn.dls).wrap(learn.model.eval())
+    artifact = OnnxNetwork(to_onnx(fake, (1, 8, 8)))
+    report = evaluate(artifact, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], fake_quantized=fake, progress=False)
+    mine = evaluate(fake, x, y, [PGD(.1, steps=5), Square(.1, queries=50)], progress=False)
+    assert abs(report.clean-mine.clean)<=1/64 and abs(report.robust-mine.robust)<=3/64
+    assert set(report.robust_after)==set(mine.robust_after)
 
 def test_robustness_of_what_is_deployed_is_that_of_the_artifact(learn):
-    "A deployed network that is right for no image has no accuracy, whatever its twin says; Square is added where no attack asks the artifact alone"
+    """A deployed network that is right for no image has no accuracy, whatever the fake-quantized one says;
+    Square is added where no attack asks the deployed network alone"""
     never = lambda x: -learn.model(x).detach()
     assert learn.robustness(PGD(.1, steps=2), n=20, deployed=never, progress=False).clean<.2
     right = lambda x: pixel_space(learn.dls).wrap(learn.model)(x).detach()
     report = learn.robustness(PGD(.1, steps=2), n=8, deployed=right, progress=False)
     assert list(report.robust_after)==['PGD-2', 'Square']
-    assert list(learn.robustness([PGD(.1, steps=2), Square(.1, queries=5)], n=8, deployed=right, progress=False).robust_after)==['PGD-2', 'Square']
+    attacks = [PGD(.1, steps=2), Square(.1, queries=5)]
+    report = learn.robustness(attacks, n=8, deployed=right, progress=False)
+    assert list(report.robust_after)==['PGD-2', 'Square']
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith('AVX'), reason='integer kernels of x86')
 def test_lowered_to_integer_kernels():
@@ -176,16 +185,17 @@ def test_lowered_to_integer_kernels():
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith('AVX'), reason='integer kernels of x86')
 def test_lowered_and_compiled(learn, monkeypatch):
-    "Compiled for the sizes that were asked for, with integer kernels; whatever memory format, grad mode or subclass the images have"
+    "Compiled for the sizes asked for, with integer kernels; whatever memory format or grad mode the images have"
     pytest.importorskip('torchao')
     from torch._inductor.utils import run_and_get_code
-    twin,x = learn.model.eval(),learn.dls.valid.one_batch()[0][:10]
-    fast,code = run_and_get_code(lambda: lower(twin, x, sizes=(3,)))
+    fake,x = learn.model.eval(),learn.dls.valid.one_batch()[0][:10]
+    fast,code = run_and_get_code(lambda: lower(fake, x, sizes=(3,)))
     assert list(fast.compiled)==[3] and 'qconv' in ''.join(code) and 'qlinear' in ''.join(code)
     monkeypatch.setattr(fast, 'graph', None)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters['stats']['unique_graphs']
-    for images in x[:3], x[3:6].contiguous(memory_format=torch.channels_last), x[:3].clone().requires_grad_(): assert (fast(images).argmax(1)==twin(images).argmax(1)).all()
+    for images in x[:3], x[3:6].contiguous(memory_format=torch.channels_last), x[:3].clone().requires_grad_():
+        assert (fast(images).argmax(1)==fake(images).argmax(1)).all()
     assert torch._dynamo.utils.counters['stats']['unique_graphs']==before     # what is deployed is never compiled anew
 
 def test_without_a_compiler_the_kernels_run_one_by_one(learn, monkeypatch):
@@ -193,13 +203,16 @@ def test_without_a_compiler_the_kernels_run_one_by_one(learn, monkeypatch):
     def no_compiler(*args, **kw): raise RuntimeError('no C++ compiler found')
     monkeypatch.setattr(torch, 'compile', no_compiler)
     x = learn.dls.valid.one_batch()[0][:10]
-    with pytest.warns(UserWarning, match='no C\\+\\+ compiler found'): fast = lower(learn.model, x, sizes=(3,), least=.9)
+    with pytest.warns(UserWarning, match='no C\\+\\+ compiler found'):
+        fast = lower(learn.model, x, sizes=(3,), least=.9)
     assert not fast.compiled and fast(x[:3]).shape==(3, 10)
     with pytest.raises(ValueError, match='0 is not a number of images'): lower(learn.model, x, sizes=(0,))
 
 def test_sums_are_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
-    learn = Learner(image_dls((torch.rand(40, 3, 32, 32), torch.arange(40)%10), (torch.rand(8, 3, 32, 32), torch.arange(8)), bs=16), resnet18_cifar())
+    train = torch.rand(40, 3, 32, 32),torch.arange(40)%10
+    test = torch.rand(8, 3, 32, 32),torch.arange(8)
+    learn = Learner(image_dls(train, test, bs=16), resnet18_cifar())
     learn.quantize(4, n_batches=1)
     learn.save_compressed(tmp_path)
     x,again = torch.rand(3, 3, 32, 32),load_compressed(tmp_path)
@@ -211,19 +224,21 @@ def test_compress_keeps_the_normalisation(tmp_path):
     learn = Learner(digits_dls(normalize=(.4, .3)), cnn8(size=8))
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 5e-3)
     learn.save_compressed(tmp_path/'net')
-    report = compress(tmp_path/'net', tmp_path/'small', digits_dls, bits=8, epochs=0, eps=.05, adversarial=False, progress=False)
+    report = compress(tmp_path/'net', tmp_path/'small', digits_dls, bits=8, epochs=0, eps=.05, adversarial=False,
+                      progress=False)
     small,whole = compressed_info(tmp_path/'small'),compressed_info(tmp_path/'net')
     assert small['normalize']==whole['normalize']!=[] and small['report']['clean']==report.clean
     x,y = pixels(learn.dls.test)
     assert ((load_compressed(tmp_path/'small')(x).argmax(1)==y).float().mean()-report.clean).abs()<1e-6
     assert 'normalises them itself' in (tmp_path/'small'/'README.md').read_text()
-    again = compress(tmp_path/'net', tmp_path/'both', digits_dls, prune=.5, bits=(4, 8), epochs=1, eps=.05, progress=False)
+    again = compress(tmp_path/'net', tmp_path/'both', digits_dls, prune=.5, bits=(4, 8), epochs=1, eps=.05,
+                     progress=False)
     assert load_compressed(tmp_path/'both')(x).shape==(500, 10) and again.n==500
 
 # --- what agreement means
 
 def _decides(n, odd, lead):
-    "Images, a twin that is sure of class 0, and an artifact that prefers class 1 on `odd` of them, by logits `lead` below the twin's"
+    "Images, a network that is sure of class 0, and an artifact that prefers class 1 on `odd` of them, `lead` below"
     x = torch.zeros(n, 1, 1, 1)
     ours = torch.tensor([2., 1., 0.]).repeat(n, 1)
     ours[:odd,1] = 2-lead
@@ -232,13 +247,17 @@ def _decides(n, odd, lead):
     logits = dict(ours=iter(ours.split(64)), theirs=iter(theirs.split(64)))
     return x,lambda x: next(logits['ours']),lambda x: next(logits['theirs'])
 
-@pytest.mark.parametrize('n,odd,lead,fine', [(173, 1, 1., True), (173, 2, 1., False), (173, 9, .02, True), (1000, 5, 1., True), (1000, 6, 1., False), (26, 1, 1., True), (26, 2, 1., False)])
+@pytest.mark.parametrize('n,odd,lead,fine', [
+    (173, 1, 1., True), (173, 2, 1., False), (173, 9, .02, True), (1000, 5, 1., True), (1000, 6, 1., False),
+    (26, 1, 1., True), (26, 2, 1., False)])
 def test_near_ties_and_single_images_do_not_refuse_an_artifact(n, odd, lead, fine):
-    x,twin,artifact = _decides(n, odd, lead)
-    if fine: assert check_agreement(artifact, twin, x)==pytest.approx(1-odd/n)
+    x,fake,artifact = _decides(n, odd, lead)
+    if fine: assert check_agreement(artifact, fake, x)==pytest.approx(1-odd/n)
     else:
-        with pytest.raises(ValueError, match='near-ties aside'): check_agreement(artifact, twin, x)
+        with pytest.raises(ValueError, match='near-ties aside'): check_agreement(artifact, fake, x)
 
 def test_logits_that_are_no_numbers_disagree():
-    x,twin,_ = _decides(100, 0, 1.)
-    with pytest.raises(ValueError, match='near-ties aside'): check_agreement(lambda x: torch.full((len(x), 3), float('nan')).roll(1, 1).index_fill(1, torch.tensor(0), 0.), twin, x)
+    x,fake,_ = _decides(100, 0, 1.)
+    def broken(x): return torch.full((len(x), 3), float('nan')).roll(1, 1).index_fill(1, torch.tensor(0), 0.)
+    with pytest.raises(ValueError, match="chooses the fake-quantized network's class .* near-ties aside"):
+        check_agreement(broken, fake, x)

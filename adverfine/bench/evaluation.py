@@ -28,9 +28,12 @@ from ..training.adversarial import AdversarialTraining
 # %% ../../nbs/bench/01_evaluation.ipynb #298322d4
 def _torchattacks_parts(model, eps, queries, steps):
     import torchattacks
-    kw = dict(eps=eps, norm='Linf')
-    return {'APGD-CE': torchattacks.APGD(model, steps=steps, **kw), 'APGD-T': torchattacks.APGDT(model, steps=steps, n_classes=10, **kw),
-            'FAB-T': torchattacks.FAB(model, steps=steps, multi_targeted=True, n_classes=10, **kw), 'Square': torchattacks.Square(model, n_queries=queries, resc_schedule=False, **kw)}
+    ball = dict(eps=eps, norm='Linf')
+    return {
+        'APGD-CE': torchattacks.APGD(model, steps=steps, **ball),
+        'APGD-T': torchattacks.APGDT(model, steps=steps, n_classes=10, **ball),
+        'FAB-T': torchattacks.FAB(model, steps=steps, multi_targeted=True, n_classes=10, **ball),
+        'Square': torchattacks.Square(model, n_queries=queries, resc_schedule=False, **ball)}
 
 def by_torchattacks(
     model, # In eval mode, from pixels to logits
@@ -42,15 +45,19 @@ def by_torchattacks(
     bs:int=256, # Images at a time
 ) -> tuple: # Name of each part: images that stand after it; name of each part: seconds
     "The published AutoAttack, done by torchattacks' classes"
-    predict = lambda x: torch.cat([model(b).argmax(1) for b in x.split(bs)])
-    with torch.no_grad(): stand = (predict(x)==y).nonzero()[:,0]
-    left,took = {},{}
+    @torch.no_grad()
+    def right(x, y): return torch.cat([model(b).argmax(1) for b in x.split(bs)])==y
+    def craft(part, name):
+        batches = tqdm(stand.split(bs), desc=f'torchattacks {name}: {len(stand)} images', leave=False, delay=3)
+        return torch.cat([part(x[i], y[i]) for i in batches])
+    stand = right(x, y).nonzero()[:,0]
+    standing,took = {},{}
     for name,part in _torchattacks_parts(model, eps, queries, steps).items():
         start = time.perf_counter()
-        x_adv = torch.cat([part(x[i], y[i]) for i in tqdm(stand.split(bs), desc=f'torchattacks {name}: {len(stand)} images', leave=False, delay=3)]) if len(stand) else x[:0]
-        with torch.no_grad(): stand = stand[predict(x_adv)==y[stand]] if len(stand) else stand
-        left[name],took[name] = len(stand),time.perf_counter()-start
-    return left,took
+        if len(stand): stand = stand[right(craft(part, name), y[stand])]
+        standing[name] = len(stand)
+        took[name] = time.perf_counter()-start
+    return standing,took
 
 # %% ../../nbs/bench/01_evaluation.ipynb #cbaf2a95
 def tough_cnn8(
@@ -60,10 +67,23 @@ def tough_cnn8(
     with no_random(0):
         dls = fashion_mnist_dls(path, n_train=20_000)
         learn = Learner(dls, cnn8(), loss_func=nn.CrossEntropyLoss())
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3, cbs=[AdversarialTraining(PGD(.05, steps=5)), *([BF16()] if bf16_is_fast() else [])])
+        cbs = [AdversarialTraining(PGD(.05, steps=5))]
+        if bf16_is_fast(): cbs.append(BF16())
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3, cbs=cbs)
     return learn.model.eval(),*pixels(dls.test)
 
 # %% ../../nbs/bench/01_evaluation.ipynb #6bc0e0b6
+def _turn(model, x, y, eps, n):
+    "Report of ours, and for each part what these of `n` images add to its row"
+    report = evaluate(model, x, y, AutoAttack(eps))
+    standing,took = by_torchattacks(model, x, y, eps)
+    parts = {}
+    for part in took:
+        name = f'AutoAttack: {part}'
+        parts[part] = dict(robust=report.robust_after[name]*len(x)/n, robust_torchattacks=standing[part]/n,
+                           seconds=report.took[name], seconds_torchattacks=took[part])
+    return report,sum(took.values()),parts
+
 def autoattack_race(
     n:int=1000, # Images, the first of the test set
     path=None, # Folder of Fashion-MNIST
@@ -72,16 +92,20 @@ def autoattack_race(
 ) -> dict: # Accuracies, seconds, their ratio, and a row for each part
     "AutoAttack standard against an adversarially trained `cnn8`, by `evaluate` and by torchattacks' classes"
     model,x,y = tough_cnn8(path)
-    rows,clean,seconds = {},0,[[], []]
+    rows = {}
+    clean = 0
+    ours,theirs = [],[]                  # seconds of each turn
     for a,b in zip(x[:n].chunk(rounds), y[:n].chunk(rounds)):
-        ours = evaluate(model, a, b, AutoAttack(eps))
-        left,took = by_torchattacks(model, a, b, eps)
-        clean += round(ours.clean*len(a))
-        seconds[0].append(ours.seconds); seconds[1].append(sum(took.values()))
-        for k in took:
-            mine = f'AutoAttack: {k}'
-            row = rows.setdefault(k, dict(part=k, robust=0, robust_torchattacks=0, seconds=0, seconds_torchattacks=0))
-            for key,v in zip(list(row)[1:], (ours.robust_after[mine]*len(a)/n, left[k]/n, ours.took[mine], took[k])): row[key] = round(row[key]+v, 4)
+        report,seconds,parts = _turn(model, a, b, eps, n)
+        clean += round(report.clean*len(a))
+        ours.append(report.seconds)
+        theirs.append(seconds)
+        for part,adds in parts.items():
+            row = rows.setdefault(part, dict(part=part) | dict.fromkeys(adds, 0))
+            for k,v in adds.items(): row[k] = round(row[k]+v, 4)
     last = list(rows.values())[-1]
-    return dict(images=n, eps=eps, clean=clean/n, robust=last['robust'], robust_torchattacks=last['robust_torchattacks'], seconds=round(sum(seconds[0]), 1), seconds_torchattacks=round(sum(seconds[1]), 1),
-                ratio=round(sum(seconds[0])/sum(seconds[1]), 3), ratios=[round(a/b, 3) for a,b in zip(*seconds)], bf16=ours.bf16, threads=torch.get_num_threads(), parts=list(rows.values()))
+    return dict(
+        images=n, eps=eps, clean=clean/n, robust=last['robust'], robust_torchattacks=last['robust_torchattacks'],
+        seconds=round(sum(ours), 1), seconds_torchattacks=round(sum(theirs), 1),
+        ratio=round(sum(ours)/sum(theirs), 3), ratios=[round(a/b, 3) for a,b in zip(ours, theirs)],
+        bf16=report.bf16, threads=torch.get_num_threads(), parts=list(rows.values()))

@@ -22,8 +22,7 @@ from ..deployment.onnx import OnnxNetwork, to_onnx
 from ..deployment.lowered import lower
 
 # %% ../../nbs/bench/02_inference.ipynb #fb6d09c7
-_kinds = ('dense float32', 'dense bfloat16', 'pruned', 'int8', 'pruned int8')
-def _lowered(model, x, sizes): return lower(model, x, sizes, least=.8) if find_spec('torchao') else None  # weights are random here, and classes close
+def _lowered(model, x, sizes): return lower(model, x, sizes, least=.8) if find_spec('torchao') else None
 
 def _eager(kind, model, x, n):
     if 'int8' in kind: return _lowered(model, x, ())
@@ -33,62 +32,99 @@ def _eager(kind, model, x, n):
 
 def _inductor(kind, model, x, n):
     if 'int8' in kind: return _lowered(model, x, (n,))
-    compiled = torch.compile(deepcopy(model).to(torch.bfloat16) if 'bfloat16' in kind else model, dynamic=False, options=dict(freezing=True))
-    return (lambda x: compiled(x.to(torch.bfloat16)).float()) if 'bfloat16' in kind else compiled
+    if 'bfloat16' in kind: model = deepcopy(model).to(torch.bfloat16)
+    compiled = torch.compile(model, dynamic=False, options=dict(freezing=True))
+    if 'bfloat16' not in kind: return compiled
+    return lambda x: compiled(x.to(torch.bfloat16)).float()
 
-def _onnxruntime(kind, model, x, n): return None if 'bfloat16' in kind else OnnxNetwork(to_onnx(model, x.shape[1:]))
+def _onnxruntime(kind, model, x, n):
+    return None if 'bfloat16' in kind else OnnxNetwork(to_onnx(model, x.shape[1:]))
 
 def _openvino(kind, model, x, n):
     import openvino
     core = openvino.Core()
-    settings = dict(INFERENCE_NUM_THREADS=torch.get_num_threads(), INFERENCE_PRECISION_HINT='bf16' if 'bfloat16' in kind else 'f32')
-    request = core.compile_model(core.read_model(to_onnx(model, x.shape[1:])), 'CPU', settings).create_infer_request()
+    settings = dict(INFERENCE_NUM_THREADS=torch.get_num_threads(),
+                    INFERENCE_PRECISION_HINT='bf16' if 'bfloat16' in kind else 'f32')
+    compiled = core.compile_model(core.read_model(to_onnx(model, x.shape[1:])), 'CPU', settings)
+    request = compiled.create_infer_request()
     return lambda x: torch.from_numpy(request.infer([x.numpy()])[0])
 
-_engines = {'eager': (_eager, 'torch'), 'Inductor': (_inductor, 'torch'), 'ONNX Runtime': (_onnxruntime, 'onnxruntime'), 'OpenVINO': (_openvino, 'openvino')}
+_engines = {'eager': (_eager, 'torch'), 'Inductor': (_inductor, 'torch'),
+            'ONNX Runtime': (_onnxruntime, 'onnxruntime'), 'OpenVINO': (_openvino, 'openvino')} # and what it needs
 
 # %% ../../nbs/bench/02_inference.ipynb #95d29c29
-_networks = dict(cnn8=(cnn8, (1,28,28)), resnet18=(resnet18_cifar, (3,32,32)))
+_makers = dict(cnn8=(cnn8, (1,28,28)), resnet18=(resnet18_cifar, (3,32,32))) # and the shape of an image
 
-def _five(network, x):
-    "The network in its five kinds"
-    make,_ = _networks[network]
+def _in_five_kinds(make, x):
+    "kind -> network"
     with no_random(0), torch.no_grad():
         dense = make()
         for _ in range(4): dense(torch.rand_like(x))
         pruned = prune(deepcopy(dense), .5, x[:2])
-        twins = [deepcopy(o) for o in (dense, pruned)]
-        for o in twins: quantize(o, 8, [x])
-    return dict(zip(_kinds, (o.eval() for o in (dense, dense, pruned, *twins))))
+        int8,pruned_int8 = deepcopy(dense),deepcopy(pruned)
+        for o in (int8, pruned_int8): quantize(o, 8, [x])
+    kinds = {'dense float32': dense, 'dense bfloat16': dense, 'pruned': pruned,
+             'int8': int8, 'pruned int8': pruned_int8}
+    for o in kinds.values(): o.eval()
+    return kinds
+
+# %% ../../nbs/bench/02_inference.ipynb #96713fc6
+@torch.no_grad()
+def _clocked(run, x):
+    start = time.perf_counter()
+    run(x)
+    return time.perf_counter()-start
+
+def _runners(engine, models, x, n):
+    "kind -> what is to be timed with `n` images, called once"
+    torch.compiler.reset()
+    make,_ = _engines[engine]
+    runners = {}
+    for kind,model in models.items():
+        run = make(kind, model, x, n)
+        if run is None: continue
+        _clocked(run, x[:n])
+        runners[kind] = run
+    return runners
+
+def _milliseconds(runners, x, rounds):
+    "kind -> median milliseconds of a call"
+    took = {k: [] for k in runners}
+    for _ in range(rounds):
+        for k,run in runners.items(): took[k] += [_clocked(run, x) for _ in range(6)][1:]
+    return {k: median(v)*1e3 for k,v in took.items()}
+
+# %% ../../nbs/bench/02_inference.ipynb #36dbc395
+def _not_installed():
+    needs = [(name, package) for name,(_,package) in _engines.items()]
+    needs.append(('int8 in eager and Inductor', 'torchao'))
+    return [f"{name} (pip install 'adverfine[bench]')" for name,package in needs if not find_spec(package)]
+
+def _file_sizes(models, shape):
+    sizes = {k: len(to_onnx(models[k], shape)) for k in ('dense float32', 'pruned int8')}
+    return sizes | dict(ratio=round(sizes['dense float32']/sizes['pruned int8'], 1))
 
 def inference_race(
     networks=('cnn8', 'resnet18'), # One or both
     engines=None, # Names; default: all that are installed
     batches=(1, 64), # Images at a time
     rounds:int=5, # Turns of five calls that each takes; the median counts
-) -> dict: # A row for each network, engine, batch and kind: milliseconds, and how many times faster than dense float32 in the same engine
+) -> dict: # A row for each network, engine, batch and kind: milliseconds, times faster than dense float32 there
     "Dense, pruned and quantized networks in one engine after another"
-    missing,rows = [f"{e} (pip install 'adverfine[bench]')" for e,m in [*((e, m) for e,(_,m) in _engines.items()), ('int8 in eager and Inductor', 'torchao')] if not find_spec(m)],[]
-    names = [o for o in engines or _engines if find_spec(_engines[o][1])]
-    sizes = {}
-    for network,engine in tqdm([(n, e) for n in networks for e in names], desc='engines', delay=60):
-        shape = _networks[network][1]
+    missing = _not_installed()
+    installed = [o for o in engines or _engines if find_spec(_engines[o][1])]
+    rows,sizes = [],{}
+    for network,engine in tqdm([(n, e) for n in networks for e in installed], desc='engines', delay=60):
+        make,shape = _makers[network]
         with no_random(0): x = torch.rand(max(batches), *shape)
-        models = _five(network, x)
-        if find_spec('onnxscript') and network not in sizes: sizes[network] = {k: len(to_onnx(models[k], shape)) for k in ('dense float32', 'pruned int8')}
+        models = _in_five_kinds(make, x)
+        if find_spec('onnxscript') and network not in sizes: sizes[network] = _file_sizes(models, shape)
         for n in batches:
-            torch.compiler.reset()
-            try: runs = {k: run for k,m in models.items() if (run := _engines[engine][0](k, m, x, n)) is not None and _clocked(run, x[:n])}
-            except Exception as e: missing.append(f"{engine}, {network} ({type(e).__name__}: {' '.join(str(e).split()[:12])})"); break
-            took = {k: [] for k in runs}
-            for _ in range(rounds):
-                for k,run in runs.items(): took[k] += [_clocked(run, x[:n]) for _ in range(6)][1:]
-            took = {k: median(v)*1e3 for k,v in took.items()}
-            rows += [dict(network=network, engine=engine, batch=n, kind=k, milliseconds=round(v, 3), times_faster=round(took['dense float32']/v, 1)) for k,v in took.items()]
-    return dict(threads=torch.get_num_threads(), missing=missing, bytes={k: v | dict(ratio=round(v['dense float32']/v['pruned int8'], 1)) for k,v in sizes.items()}, parts=rows)
-
-def _clocked(run, x):
-    with torch.no_grad():
-        start = time.perf_counter()
-        run(x)
-        return time.perf_counter()-start
+            try: runners = _runners(engine, models, x, n)
+            except Exception as e:
+                missing.append(f"{engine}, {network} ({type(e).__name__}: {' '.join(str(e).split()[:12])})")
+                break
+            took = _milliseconds(runners, x[:n], rounds)
+            rows += [dict(network=network, engine=engine, batch=n, kind=k, milliseconds=round(v, 3),
+                          times_faster=round(took['dense float32']/v, 1)) for k,v in took.items()]
+    return dict(threads=torch.get_num_threads(), missing=missing, bytes=sizes, parts=rows)

@@ -1,4 +1,4 @@
-"""Precision, bits and recipes: what a fine-tuning is worth
+"""Precision, bits and recipes: accuracy for the same training time
 
 Docs: https://adverfine.github.io/adverfine/bench/recipes.html.md"""
 
@@ -10,18 +10,18 @@ __all__ = ['precision_check', 'bits_check', 'recipe_race']
 # %% ../../nbs/bench/04_recipes.ipynb #f13f3f7c
 import json
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 import torch, pandas as pd
 from tqdm.auto import tqdm
 from torch import nn
 from safetensors.torch import load_file, save
+from fastcore.basics import store_attr
 from fastai.callback.channelslast import ChannelsLast
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
-import adverfine.compression.pruning, adverfine.compression.quantization, adverfine.training.recipes  # noqa: F401 verbs of a Learner
+import adverfine.compression.pruning, adverfine.compression.quantization, adverfine.training.recipes  # noqa: F401
 from ..files import locked, write_atomic
 from ..networks.zoo import cnn8
 from ..networks.precision import bf16_is_fast
@@ -41,8 +41,12 @@ from ..training.warmup import EpsilonWarmup
 from .training import Clock, race_eps, race_steps
 
 # %% ../../nbs/bench/04_recipes.ipynb #9a30e328
-def _fast(): return [BF16()] if bf16_is_fast() else []
-def _cnn8(dls): return cnn8(size=dls.valid.dataset.x.shape[-1])
+def _cnn8_for(dls): return cnn8(size=dls.valid.dataset.x.shape[-1])
+
+def _on_test_images(dls, model, progress=True):
+    "Clean and robust accuracy under PGD-20"
+    report = evaluate(model.eval(), *pixels(dls.test), PGD(race_eps, steps=20), seed=0, progress=progress)
+    return dict(clean=report.clean, robust=report.robust)
 
 def precision_check(
     seeds=(0,1,2), # A pair of trainings each
@@ -53,15 +57,16 @@ def precision_check(
 ) -> dict: # Clean and robust accuracy for each precision and seed, and the differences of the means
     "Adversarial training of `cnn8` in bfloat16 and in float32: robust accuracy of the two"
     rows = []
-    for seed,kind in tqdm([(s, k) for s in seeds for k in ('bfloat16', 'float32')], desc='trainings', delay=60):
+    for seed,name in tqdm([(s, k) for s in seeds for k in ('bfloat16', 'float32')], desc='trainings', delay=60):
         with no_random(seed):
             dls = data_sets[data](n_train=n_train, seed=seed, **kwargs)
-            learn = Learner(dls, _cnn8(dls), loss_func=nn.CrossEntropyLoss())
-            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3, cbs=[AdversarialTraining(PGD(race_eps, steps=race_steps)), BF16() if kind=='bfloat16' else ChannelsLast()])
-        report = evaluate(learn.model.eval(), *pixels(dls.test), PGD(race_eps, steps=20), seed=0)
-        rows.append(dict(precision=kind, seed=seed, clean=report.clean, robust=report.robust))
+            learn = Learner(dls, _cnn8_for(dls), loss_func=nn.CrossEntropyLoss())
+            cbs = [AdversarialTraining(PGD(race_eps, steps=race_steps)), BF16() if name=='bfloat16' else ChannelsLast()]
+            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3, cbs=cbs)
+        rows.append(dict(precision=name, seed=seed) | _on_test_images(dls, learn.model))
     mean = pd.DataFrame(rows).groupby('precision')[['clean', 'robust']].mean()
-    return dict(epochs=epochs, images=n_train, test_images=report.n, **{f'{k}_difference': round(float(mean.loc['bfloat16', k]-mean.loc['float32', k]), 4) for k in ('clean', 'robust')}, parts=rows)
+    lead = {f'{k}_difference': round(float(mean.loc['bfloat16', k]-mean.loc['float32', k]), 4) for k in mean}
+    return dict(epochs=epochs, images=n_train, test_images=len(dls.test.dataset), **lead, parts=rows)
 
 # %% ../../nbs/bench/04_recipes.ipynb #95de27b8
 def _that_matter(kwargs):
@@ -71,10 +76,13 @@ def _that_matter(kwargs):
 class _Folder:
     "Where the results of a race are kept, all of them made with the same `settings`"
     def __init__(self, out, **settings):
-        self.out,settings = Path(out),json.loads(json.dumps(settings, default=str))
+        self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings, default=str))
         kept = self('race', lambda: settings)
-        if kept!=settings: raise ValueError(f"{self.out} holds a race with {kept}, and this one has {settings}: give another folder as out")
+        if kept!=settings:
+            raise ValueError(f"{self.out} holds a race with {kept}, and this one has {settings}: "
+                             "give another folder as out")
 
     def __call__(self, name, measure):
         "What `measure` says, or said when it was first called"
@@ -85,7 +93,9 @@ class _Folder:
     def network(self, name, model, train):
         "`model` with the weights of what `train` returns, or returned when it was first called"
         file = self.out/f'{name}.safetensors'
-        if not file.exists(): self._keep(file, save({k: v.detach().contiguous() for k,v in train().state_dict().items()}))
+        if not file.exists():
+            weights = train().state_dict()
+            self._keep(file, save({k: v.detach().contiguous() for k,v in weights.items()}))
         model.load_state_dict(load_file(file))
         return model
 
@@ -94,13 +104,24 @@ class _Folder:
         with locked(self.out):
             if not file.exists(): write_atomic(file, content)
 
-# %% ../../nbs/bench/04_recipes.ipynb #818c8b2c
+# %% ../../nbs/bench/04_recipes.ipynb #a3e99d27
+def _fast_here(): return [BF16()] if bf16_is_fast() else []
+
 def _robust_cnn8(dls, seed, epochs=4):
     "A dense `cnn8`, adversarially trained"
     with no_random(seed):
-        learn = Learner(dls, _cnn8(dls), loss_func=nn.CrossEntropyLoss())
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 4e-3, cbs=[AdversarialTraining(PGD(race_eps, steps=5)), EpsilonWarmup(.2), *_fast()])
+        learn = Learner(dls, _cnn8_for(dls), loss_func=nn.CrossEntropyLoss())
+        cbs = [AdversarialTraining(PGD(race_eps, steps=5)), EpsilonWarmup(.2), *_fast_here()]
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 4e-3, cbs=cbs)
     return learn.model
+
+# %% ../../nbs/bench/04_recipes.ipynb #818c8b2c
+def _in_few_bits(dls, parent, bits, epochs, seed):
+    "Accuracies of `parent` in `bits`, before and after fine-tuning"
+    learn = Learner(dls, deepcopy(parent), loss_func=nn.CrossEntropyLoss()).quantize(bits)
+    rounded = _on_test_images(dls, learn.model, progress=False)
+    with no_random(seed), learn.no_bar(), learn.no_logging(): learn.adversarial_fine_tune(epochs, race_eps)
+    return {f'rounded_{k}': v for k,v in rounded.items()} | _on_test_images(dls, learn.model, progress=False)
 
 def bits_check(
     out, # Folder of the results
@@ -110,100 +131,97 @@ def bits_check(
     seed:int=0, # Of parent and fine-tuning
     data:str='fashion_mnist', # Name of a data set of grey images
     **kwargs # For the data set, such as `path`
-) -> dict: # Clean and robust accuracy of the parent, and of each twin before and after fine-tuning
+) -> dict: # Clean and robust accuracy of the parent, and of each quantized network before and after fine-tuning
     "What few bits cost `cnn8` in robust accuracy"
     folder = _Folder(out, epochs=epochs, parent_epochs=parent_epochs, data=data, **_that_matter(kwargs))
     dls = data_sets[data](seed=seed, **kwargs)
-    parent = folder.network(f'parent-{seed}', _cnn8(dls), lambda: _robust_cnn8(dls, seed, parent_epochs))
-    def judged(model):
-        report = evaluate(model.eval(), *pixels(dls.test), PGD(race_eps, steps=20), seed=0, progress=False)
-        return dict(clean=report.clean, robust=report.robust)
-    def row(bits):
-        learn = Learner(dls, deepcopy(parent), loss_func=nn.CrossEntropyLoss()).quantize(bits)
-        rounded = judged(learn.model)
-        with no_random(seed), learn.no_bar(), learn.no_logging(): learn.adversarial_fine_tune(epochs, race_eps)
-        return {f'rounded_{k}': v for k,v in rounded.items()} | judged(learn.model)
-    whole = folder(f'parent-{seed}', lambda: judged(parent))
-    rows = [dict(bits=str(b)) | folder(f'{b}-{seed}', lambda: row(b)) for b in tqdm(bits, desc='twins', delay=60)]
-    lost = [{f'{k}_lost': round(whole[k.removeprefix('rounded_')]-v, 4) for k,v in o.items() if k!='bits'} for o in rows]
-    return dict(parent=whole, epochs=epochs, seed=seed, eps=race_eps, test_images=len(dls.test.dataset), parts=[o | l for o,l in zip(rows, lost)])
+    parent = folder.network(f'parent-{seed}', _cnn8_for(dls), lambda: _robust_cnn8(dls, seed, parent_epochs))
+    whole = folder(f'parent-{seed}', lambda: _on_test_images(dls, parent, progress=False))
+    rows = []
+    for b in tqdm(bits, desc='quantized networks', delay=60):
+        row = folder(f'{b}-{seed}', lambda: _in_few_bits(dls, parent, b, epochs, seed))
+        lost = {f'{k}_lost': round(whole[k.removeprefix('rounded_')]-v, 4) for k,v in row.items()}
+        rows.append(dict(bits=str(b)) | row | lost)
+    return dict(parent=whole, epochs=epochs, seed=seed, eps=race_eps, test_images=len(dls.test.dataset), parts=rows)
 
 # %% ../../nbs/bench/04_recipes.ipynb #00413ba0
+_replays = 4
 _recipes = dict(
-    madry=lambda attack, teacher: [AdversarialTraining(attack)],
-    madry_average=lambda attack, teacher: [AdversarialTraining(attack), WeightAverage()],
-    madry_awp=lambda attack, teacher: [AdversarialTraining(attack), AWP()],
-    trades=lambda attack, teacher: [AdversarialTraining(attack, TRADES(6))],
-    mart=lambda attack, teacher: [AdversarialTraining(attack, MART(5))],
+    madry=lambda attack, _: [AdversarialTraining(attack)],
+    madry_average=lambda attack, _: [AdversarialTraining(attack), WeightAverage()],
+    madry_awp=lambda attack, _: [AdversarialTraining(attack), AWP()],
+    trades=lambda attack, _: [AdversarialTraining(attack, TRADES(6))],
+    mart=lambda attack, _: [AdversarialTraining(attack, MART(5))],
     rslad=lambda attack, teacher: [AdversarialTraining(attack, teacher=teacher)],
     rslad_nfgsm=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps), teacher=teacher), WeightAverage()],
-    fgsm_rs=lambda attack, teacher: [AdversarialTraining(FGSMRS(attack.eps)), StopOnCatastrophe()],
-    fgsm_rs_average=lambda attack, teacher: [AdversarialTraining(FGSMRS(attack.eps)), WeightAverage(), StopOnCatastrophe()],
-    nfgsm=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps)), StopOnCatastrophe()],
-    nfgsm_average=lambda attack, teacher: [AdversarialTraining(NFGSM(attack.eps)), WeightAverage(), StopOnCatastrophe()],
-    free=lambda attack, teacher: [FreeAdversarialTraining(attack.eps, replays=_replays), StopOnCatastrophe()])
+    fgsm_rs=lambda attack, _: [AdversarialTraining(FGSMRS(attack.eps)), StopOnCatastrophe()],
+    fgsm_rs_average=lambda attack, _: [AdversarialTraining(FGSMRS(attack.eps)), WeightAverage(), StopOnCatastrophe()],
+    nfgsm=lambda attack, _: [AdversarialTraining(NFGSM(attack.eps)), StopOnCatastrophe()],
+    nfgsm_average=lambda attack, _: [AdversarialTraining(NFGSM(attack.eps)), WeightAverage(), StopOnCatastrophe()],
+    free=lambda attack, _: [FreeAdversarialTraining(attack.eps, replays=_replays), StopOnCatastrophe()])
 
-_networks = {'pruned 0.5': lambda learn: learn.prune(.5), 'pruned 0.9': lambda learn: learn.prune(.9), 'int4': lambda learn: learn.quantize(4)}
-_replays,_judges = 4,2000
+_compressions = {'pruned 0.5': lambda learn: learn.prune(.5), 'pruned 0.9': lambda learn: learn.prune(.9),
+                 'int4': lambda learn: learn.quantize(4)}
 
 # %% ../../nbs/bench/04_recipes.ipynb #5c7e92f8
-@dataclass
 class _Heats:
-    "Fine-tunings for equal seconds of one parent; what was measured is kept in the folder `out`"
-    out:Path
-    seconds:float
-    seed:int
-    n:int
-    lr:float
-    data:str
-    kwargs:dict
-
-    def __post_init__(self):
-        self.kept = _Folder(self.out, seconds=self.seconds, n=self.n, lr=self.lr, data=self.data, **_that_matter(self.kwargs))
-        self.dls,self.attack = data_sets[self.data](seed=self.seed, **self.kwargs),PGD(race_eps, steps=5)
-        self.parent = self.kept.network(f'parent-{self.seed}', _cnn8(self.dls), lambda: _robust_cnn8(self.dls, self.seed))
+    "One parent, and fine-tunings of it; what was measured is kept in the folder `out`"
+    def __init__(self, out, seconds, seed, n, lr, data, kwargs):
+        store_attr()
+        self.kept = _Folder(out, seconds=seconds, n=n, lr=lr, data=data, **_that_matter(kwargs))
+        self.dls = data_sets[data](seed=seed, **kwargs)
+        self.attack = PGD(race_eps, steps=5)
+        net = _cnn8_for(self.dls)
+        self.parent = self.kept.network(f'parent-{seed}', net, lambda: _robust_cnn8(self.dls, seed))
         self.teacher = deepcopy(self.parent).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
-    def _part(self, batches):
-        "DataLoaders with so many training batches, and with all the validation images"
-        n_valid,n = len(self.dls.valid.dataset),min(len(self.dls.train.dataset), batches*self.dls.train.bs)
-        return data_sets[self.data](seed=self.seed, n_train=n_valid+n, valid_pct=n_valid/(n_valid+n), **self.kwargs)
-
-    def _learner(self, network, dls):
+    def learner(self, network, batches):
+        "For a compressed parent, so many training batches, and all the validation images"
+        n_valid = len(self.dls.valid.dataset)
+        n = min(len(self.dls.train.dataset), batches*self.dls.train.bs)
+        dls = data_sets[self.data](seed=self.seed, n_train=n_valid+n, valid_pct=n_valid/(n_valid+n), **self.kwargs)
         learn = Learner(dls, deepcopy(self.parent), loss_func=nn.CrossEntropyLoss())
-        with learn.no_bar(): _networks[network](learn)
+        with learn.no_bar(): _compressions[network](learn)
         return learn
 
-    def _fit(self, learn, recipe, epochs, lr, *cbs):
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=[*_recipes[recipe](self.attack, self.teacher), *_fast(), *cbs])
+    def fit(self, learn, recipe, epochs, lr, *cbs):
+        cbs = [*_recipes[recipe](self.attack, self.teacher), *_fast_here(), *cbs]
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=cbs)
 
-    def pace(self, recipe, network):
-        "Seconds of a step"
-        def measure():
-            clock,learn = Clock(),self._learner(network, self._part(18))
-            with no_random(0): self._fit(learn, recipe, 1, 0., clock)
-            return median(b-a for a,b in zip(clock.times, clock.times[1:]))
-        return self.kept(f'pace-{recipe}-{network}', measure)
+# %% ../../nbs/bench/04_recipes.ipynb #448763ef
+def _seconds_of_step(heats, recipe, network):
+    def measure():
+        clock = Clock()
+        learn = heats.learner(network, 18)
+        with no_random(0): heats.fit(learn, recipe, 1, 0., clock)
+        return median(b-a for a,b in zip(clock.times, clock.times[1:]))
+    return heats.kept(f'pace-{recipe}-{network}', measure)
 
-    def row(self, recipe, network):
-        "How accurate it is after its seconds"
-        def measure():
-            batches = self.seconds/self.pace(recipe, network)/(_replays if recipe=='free' else 1)
-            epochs = max(3, round(batches/len(self.dls.train)))
-            with no_random(self.seed):
-                learn = self._learner(network, self._part(max(1, round(batches/epochs))))
-                self._fit(learn, recipe, epochs, self.lr)
-            return dict(recipe=recipe, network=network, seed=self.seed, images=len(learn.dls.train)*learn.dls.train.bs*epochs, epochs=epochs) | self._judged(learn.model)
-        return self.kept(f'{recipe}-{network}-{self.seed}', measure)
+def _fine_tuned(heats, recipe, network):
+    "The network after its seconds, the images that it has seen, and the epochs"
+    batches = heats.seconds/_seconds_of_step(heats, recipe, network)/(_replays if recipe=='free' else 1)
+    epochs = max(3, round(batches/len(heats.dls.train)))
+    with no_random(heats.seed):
+        learn = heats.learner(network, max(1, round(batches/epochs)))
+        heats.fit(learn, recipe, epochs, heats.lr)
+    return learn.model,len(learn.dls.train)*learn.dls.train.bs*epochs,epochs
 
-    def parent_row(self): return self.kept(f'parent-{self.seed}', lambda: dict(recipe='parent', network='dense', seed=self.seed) | self._judged(self.parent))
+def _judged(heats, model):
+    "Accuracies on validation images"
+    x,y = (o[:2000] for o in pixels(heats.dls.valid))
+    pgd20,pgd50 = (PGD(race_eps, steps=n) for n in (20, 50))
+    report = evaluate(model.eval(), x, y, [pgd20, pgd50], seed=heats.seed, progress=False)
+    few = x[:heats.n],y[:heats.n]
+    auto = evaluate(model, *few, [pgd20, AutoAttack(race_eps)], seed=heats.seed, progress=False)
+    after20,after50 = report.robust_after.values()
+    return dict(clean=report.clean, pgd20=after20, pgd50=after50, autoattack=auto.robust)
 
-    def _judged(self, model):
-        (x,y),model = (o[:_judges] for o in pixels(self.dls.valid)),model.eval()
-        report = evaluate(model, x, y, [PGD(race_eps, steps=20), PGD(race_eps, steps=50)], seed=self.seed, progress=False)
-        auto = evaluate(model, x[:self.n], y[:self.n], [PGD(race_eps, steps=20), AutoAttack(race_eps)], seed=self.seed, progress=False)
-        pgd20,pgd50 = report.robust_after.values()
-        return dict(clean=report.clean, pgd20=pgd20, pgd50=pgd50, autoattack=auto.robust)
+def _row_of(heats, recipe, network):
+    def measure():
+        model,images,epochs = _fine_tuned(heats, recipe, network)
+        said = dict(recipe=recipe, network=network, seed=heats.seed, images=images, epochs=epochs)
+        return said | _judged(heats, model)
+    return heats.kept(f'{recipe}-{network}-{heats.seed}', measure)
 
 # %% ../../nbs/bench/04_recipes.ipynb #23a4d17d
 def recipe_race(
@@ -216,14 +234,17 @@ def recipe_race(
     lr:float=3e-3, # Top of the one-cycle learning rate
     data:str='fashion_mnist', # Name of a data set of grey images
     **kwargs # For the data set, such as `path`
-) -> pd.DataFrame: # A row for each recipe and network, the parent first: accuracy clean, under PGD-20 and PGD-50 on 2,000 validation images, and under AutoAttack on `n` of them
+) -> pd.DataFrame: # A row each, the parent first: accuracy clean, under PGD-20, PGD-50 and, on `n` images, AutoAttack
     "Fine-tune compressed networks by each recipe for equal seconds, and attack what comes out"
-    for name,known in [*((o, _recipes) for o in recipes or ()), *((o, _networks) for o in networks or ())]:
-        if name not in known: raise ValueError(f"{name!r} is not in this race: use one of {', '.join(known)}")
+    for names,known in (recipes, _recipes), (networks, _compressions):
+        if odd := [o for o in names or () if o not in known]:
+            raise ValueError(f"{odd[0]!r} is not in this race: use one of {', '.join(known)}")
     heats = _Heats(Path(out), seconds, seed, n, lr, data, kwargs)
-    entries = [(r, w) for w in networks or _networks for r in recipes or _recipes]
-    for o in tqdm(entries, desc='paces', delay=60): heats.pace(*o)
-    rows = [heats.parent_row(), *(heats.row(*o) for o in tqdm(entries, desc='recipes', delay=60))]
+    entries = [(r, w) for w in networks or _compressions for r in recipes or _recipes]
+    for o in tqdm(entries, desc='paces', delay=60): _seconds_of_step(heats, *o)
+    def parent_row(): return dict(recipe='parent', network='dense', seed=seed) | _judged(heats, heats.parent)
+    rows = [heats.kept(f'parent-{seed}', parent_row)]
+    for o in tqdm(entries, desc='recipes', delay=60): rows.append(_row_of(heats, *o))
     df = pd.DataFrame(rows)
     write_atomic(heats.out/f'recipes-{seed}.csv', df.to_csv(index=False))
     return df

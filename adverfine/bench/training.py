@@ -12,10 +12,10 @@ import os, subprocess, sys, time
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
+from unittest.mock import patch
 import torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 from torch import nn
-from fastcore.basics import patch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.learner import Learner
@@ -31,12 +31,16 @@ from ..training.adversarial import AdversarialTraining
 
 # %% ../../nbs/bench/03_training.ipynb #79bfba35
 race_steps,race_eps = 7,.05
+_step_size = 2.5*race_eps/race_steps
+_warm = 3
 
 def _setting():
     "A network, a batch of images, their labels"
     gpu = torch.cuda.is_available()
     shape,bs = ((3,32,32),512) if gpu else ((1,28,28),256)
-    with no_random(0): return tuple(o.to('cuda' if gpu else 'cpu') for o in (resnet18_cifar() if gpu else cnn8(), torch.rand(bs, *shape), torch.randint(10, (bs,))))
+    with no_random(0):
+        parts = resnet18_cifar() if gpu else cnn8(), torch.rand(bs, *shape), torch.randint(10, (bs,))
+        return tuple(o.to('cuda' if gpu else 'cpu') for o in parts)
 
 def _clock():
     if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -48,61 +52,62 @@ class Clock(Callback):
     def before_fit(self): self.times = []
     def after_batch(self): self.times.append(_clock())
 
-def _by_learner(n, *cbs):
-    model,x,y = _setting()
-    i = torch.arange(len(x)*(n+_warm)+1)%len(x) # one image more, to validate on
-    train = (x.cpu()*255).byte()[i],y.cpu()[i]
-    dls = image_dls(train, [o[:1] for o in train], range(10), bs=len(x), valid_pct=1e-6, device=x.device)
-    learn,clock = Learner(dls, model, loss_func=nn.CrossEntropyLoss()),Clock()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, *cbs])
-    return clock.times[-1]-clock.times[_warm-1]
-
 def _timed(step, n):
+    "Seconds of `n` steps"
     for _ in range(_warm): step()
     start = _clock()
     for _ in range(n): step()
     return _clock()-start
 
-_warm = 3
-def _ours(n, *cbs): return _by_learner(n, AdversarialTraining(PGD(race_eps, steps=race_steps)), *cbs)
+# %% ../../nbs/bench/03_training.ipynb #712fc985
+def _by_learner(n, *cbs):
+    "Seconds of `n` steps of a Learner with the callbacks `cbs`"
+    model,x,y = _setting()
+    i = torch.arange(len(x)*(n+_warm)+1)%len(x)
+    train = (x.cpu()*255).byte()[i],y.cpu()[i]
+    dls = image_dls(train, [o[:1] for o in train], range(10), bs=len(x), valid_pct=1e-6, device=x.device)
+    learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss())
+    clock = Clock()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, *cbs])
+    return clock.times[-1]-clock.times[_warm-1]
+
+def _by_adverfine(n, *callbacks):
+    "With one of each class in `callbacks`"
+    return _by_learner(n, AdversarialTraining(PGD(race_eps, steps=race_steps)), *(cls() for cls in callbacks))
 
 def _memory_given_back(n):
-    with patch.dict(os.environ, ADVERFINE_KEEP_MEMORY='0'): return _ours(n, ChannelsLast())
+    with patch.dict(os.environ, ADVERFINE_KEEP_MEMORY='0'): return _by_adverfine(n, ChannelsLast)
+
+class _TorchattacksTraining(Callback):
+    run_valid = False
+    def before_batch(self):
+        import torchattacks
+        x,y = (o.as_subclass(torch.Tensor) for o in (self.xb[0], self.yb[0]))
+        attack = torchattacks.PGD(self.model, eps=race_eps, alpha=_step_size, steps=race_steps)
+        self.learn.xb = attack(x, y),
+
+def _by_torchattacks_pgd(n): return _by_learner(n, _TorchattacksTraining())
 
 # %% ../../nbs/bench/03_training.ipynb #0f273991
 def _by_bare_loop(n):
     model,x,y = _setting()
     keep_memory()
     model.to(memory_format=torch.channels_last)
-    attack,opt,fast = PGD(race_eps, steps=race_steps),torch.optim.Adam(model.parameters(), 1e-3),crafting_network(model, x[:2], bf16=True)
+    attack = PGD(race_eps, steps=race_steps)
+    opt = torch.optim.Adam(model.parameters(), 1e-3)
+    fast = crafting_network(model, x[:2], bf16=True)
     def step():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast is None): x_adv = attack(fast.prepare(bf16=True) if fast else model, x, y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast is None):
+            x_adv = attack(fast.prepare(bf16=True) if fast else model, x, y)
         with torch.autocast(x.device.type, torch.bfloat16): out = model(x_adv)
         F.cross_entropy(out.float(), y).backward()
-        opt.step(); opt.zero_grad()
+        opt.step()
+        opt.zero_grad()
     return _timed(step, n)
 
 def _overhead(n):
-    pairs = [(_by_bare_loop(n), _ours(n, BF16())) for _ in range(4)]
+    pairs = [(_by_bare_loop(n), _by_adverfine(n, BF16)) for _ in range(4)]
     return median(1-bare/learner for bare,learner in pairs)*n
-
-# %% ../../nbs/bench/03_training.ipynb #a9da55fe
-class _TorchattacksTraining(Callback):
-    run_valid = False
-    def before_batch(self):
-        import torchattacks
-        x,y = (o.as_subclass(torch.Tensor) for o in (self.xb[0], self.yb[0]))
-        self.learn.xb = (torchattacks.PGD(self.model, eps=race_eps, alpha=2.5*race_eps/race_steps, steps=race_steps)(x, y),)
-
-def _by_art(n):
-    from art.attacks.evasion import ProjectedGradientDescent
-    from art.defences.trainer import AdversarialTrainer
-    from art.estimators.classification import PyTorchClassifier
-    model,x,y = _setting()
-    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, torch.optim.Adam(model.parameters(), 1e-3), clip_values=(0, 1), device_type=x.device.type.replace('cuda', 'gpu'))
-    attack = ProjectedGradientDescent(classifier, eps=race_eps, eps_step=2.5*race_eps/race_steps, max_iter=race_steps, num_random_init=1, batch_size=len(x), verbose=False)
-    trainer,x,y = AdversarialTrainer(classifier, attack, ratio=1.),x.cpu().numpy(),y.cpu().numpy()
-    return _timed(lambda: trainer.fit(x, y, batch_size=len(x), nb_epochs=1), n)
 
 def _by_plain_loop(n):
     model,x,y = _setting()
@@ -111,59 +116,105 @@ def _by_plain_loop(n):
         delta = torch.zeros_like(x, requires_grad=True)
         for _ in range(race_steps):
             F.cross_entropy(model(x+delta), y).backward()
-            delta.data = (delta + 2.5*race_eps/race_steps*delta.grad.sign()).clamp(-race_eps, race_eps).detach()
+            delta.data = (delta + _step_size*delta.grad.sign()).clamp(-race_eps, race_eps).detach()
             delta.grad.zero_()
         opt.zero_grad()
         F.cross_entropy(model(x+delta.detach()), y).backward()
         opt.step()
     return _timed(step, n)
 
-def _rate(n, dtype):
+# %% ../../nbs/bench/03_training.ipynb #a9da55fe
+def _by_art(n):
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.defences.trainer import AdversarialTrainer
+    from art.estimators.classification import PyTorchClassifier
+    model,x,y = _setting()
+    opt = torch.optim.Adam(model.parameters(), 1e-3)
+    device = x.device.type.replace('cuda', 'gpu')
+    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, opt,
+                                   clip_values=(0, 1), device_type=device)
+    attack = ProjectedGradientDescent(classifier, eps=race_eps, eps_step=_step_size, max_iter=race_steps,
+                                      num_random_init=1, batch_size=len(x), verbose=False)
+    trainer = AdversarialTrainer(classifier, attack, ratio=1.)
+    x,y = x.cpu().numpy(),y.cpu().numpy()
+    return _timed(lambda: trainer.fit(x, y, batch_size=len(x), nb_epochs=1), n)
+
+def _by_matrices(n, dtype):
     a = torch.randn(2048, 2048, device='cuda' if torch.cuda.is_available() else 'cpu', dtype=dtype)
     return _timed(lambda: a@a, 10*n)/10
 
 # %% ../../nbs/bench/03_training.ipynb #a2e29e86
 _contestants = {
-    'adverfine': lambda n: _ours(n, BF16()), 'adverfine compiled': lambda n: _ours(n, BF16(), Compile()), 'adverfine float32': lambda n: _ours(n, ChannelsLast()),
-    'adverfine float32, memory given back': _memory_given_back, 'bare loop': _by_bare_loop,
-    'torchattacks': lambda n: _by_learner(n, _TorchattacksTraining()), 'ART': _by_art, 'plain loop': _by_plain_loop,
-    'overhead': _overhead, 'matrices bfloat16': partial(_rate, dtype=torch.bfloat16), 'matrices float32': partial(_rate, dtype=torch.float32)}
+    'adverfine': lambda n: _by_adverfine(n, BF16),
+    'adverfine compiled': lambda n: _by_adverfine(n, BF16, Compile),
+    'adverfine float32': lambda n: _by_adverfine(n, ChannelsLast),
+    'adverfine float32, memory given back': _memory_given_back,
+    'bare loop': _by_bare_loop,
+    'torchattacks': _by_torchattacks_pgd,
+    'ART': _by_art,
+    'plain loop': _by_plain_loop,
+    'overhead': _overhead,
+    'matrices bfloat16': partial(_by_matrices, dtype=torch.bfloat16),
+    'matrices float32': partial(_by_matrices, dtype=torch.float32)}
 
-_needs = {'ART': 'art'}
+_packages = {'ART': 'art'} # that contestants need, where adverfine itself does not need them
 
 def training_step(
-    who:str, # One of the names above; or 'matrices bfloat16', 'matrices float32', 'overhead'
+    who:str, # A contestant; or 'matrices bfloat16', 'matrices float32', 'overhead'
     n:int=6, # Steps that are timed, after three that are not
-) -> float: # Seconds of one step; for matrices, of one product of two of 2048 by 2048; for 'overhead', the Learner's share of a step
+) -> float: # Seconds of a step; of a product of two matrices, 2048 by 2048; or the Learner's share of a step
     "Time a step of adversarial training in this process"
-    if who in _needs and not find_spec(_needs[who]): raise ImportError(f"{who} is not installed: pip install 'adverfine[bench]'")
+    if who in _packages and not find_spec(_packages[who]):
+        raise ImportError(f"{who} is not installed: pip install 'adverfine[bench]'")
     return _contestants[who](n)/n
 
 # %% ../../nbs/bench/03_training.ipynb #e4fcedf4
+def _in_own_process(who, n):
+    "Seconds of a step of `who`"
+    call = ('import sys, warnings; warnings.simplefilter("ignore"); '
+            'from adverfine.bench.training import training_step; '
+            f'sys.stdout.write(str(training_step({who!r}, {n})))')
+    done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True)
+    if done.returncode: raise ChildProcessError(f'{who} failed:\n{done.stderr.strip()[-2000:]}')
+    return float(done.stdout.split()[-1])
+
+def _rows(seconds, flop, rates, bs):
+    "What follows from the seconds of a step, for each contestant"
+    peers = {k: v for k,v in seconds.items() if not k.startswith('adverfine') and k!='bare loop'}
+    best = min(peers.values(), default=None)
+    rows = []
+    for k,v in seconds.items():
+        rate = rates.get('float32' if k in peers or 'float32' in k else 'bfloat16')
+        rows.append(dict(who=k, images_per_second=round(bs/v), of_arithmetic=round(flop/v/rate, 3) if rate else None,
+                         times_best_peer=round(best/v, 2) if best else None))
+    return rows
+
+def _summary(seconds, missing):
+    "The result of a race, from the median seconds of a step"
+    model,x,_ = _setting()
+    overhead = seconds.pop('overhead', None)
+    rates = {k.split()[1]: 2*2048**3/seconds.pop(k) for k in list(seconds) if k.startswith('matrices')}
+    flop = 2*cost(model, x[:1]).macs*(2*race_steps+3)*len(x)
+    gpu = torch.cuda.is_available()
+    result = dict(
+        network=model.made_by['factory'].split('.')[-1], batch=len(x), attack=f'PGD-{race_steps}',
+        device=torch.cuda.get_device_name() if gpu else f'CPU, {torch.get_num_threads()} threads',
+        teraflops={k: round(r/1e12, 2) for k,r in rates.items()},
+        missing=[f"{k} (pip install 'adverfine[bench]')" for k in missing],
+        parts=_rows(seconds, flop, rates, len(x)))
+    return result | (dict(learner_overhead=round(overhead, 3)) if overhead is not None else {})
+
+# %% ../../nbs/bench/03_training.ipynb #b5c90644
 def training_race(
     rounds:int=3, # Each takes so many turns
     n:int=6, # Steps of a turn
     who=None, # Names of those that take part; default: all that are installed
 ) -> dict: # Images per second, and what follows from them; a row for each
     "Steps of adversarial training by adverfine and by others, in turns, each turn in a process of its own"
-    missing = {k: m for k,m in _needs.items() if k in (who or _contestants) and not find_spec(m)}
-    names = [o for o in who or _contestants if o not in missing]
+    asked = list(who or _contestants)
+    missing = [o for o in _packages if o in asked and not find_spec(_packages[o])]
+    names = [o for o in asked if o not in missing]
     took = {o: [] for o in names}
-    for o in tqdm(names*rounds, desc='turns', delay=60):
-        call = f'import sys, warnings; warnings.simplefilter("ignore"); from adverfine.races import training_step; sys.stdout.write(str(training_step({o!r}, {n})))'
-        done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True)
-        if done.returncode: raise ChildProcessError(f'{o} failed:\n{done.stderr.strip()[-2000:]}')
-        took[o].append(float(done.stdout.split()[-1]))
-    return _summary({k: median(v) for k,v in took.items()}, missing) | dict(rounds=rounds, seconds={k: [round(o, 5) for o in v] for k,v in took.items()})
-
-def _summary(seconds, missing):
-    model,x,_ = _setting()
-    flop,overhead = 2*cost(model, x[:1]).macs*(2*race_steps+3)*len(x),seconds.pop('overhead', None)
-    rate = {k.split()[1]: 2*2048**3/seconds.pop(k) for k in list(seconds) if k.startswith('matrices')}
-    peers = {k: v for k,v in seconds.items() if not k.startswith('adverfine') and k!='bare loop'}
-    best = min(peers.values(), default=None)
-    parts = [dict(who=k, images_per_second=round(len(x)/v), of_arithmetic={kind: round(flop/v/r, 3) for kind,r in rate.items()}.get('float32' if k in peers or 'float32' in k else 'bfloat16'),
-                  times_best_peer=round(best/v, 2) if best else None) for k,v in seconds.items()]
-    result = dict(network=model.made_by['factory'].split('.')[-1], batch=len(x), attack=f'PGD-{race_steps}', device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads',
-                  teraflops={k: round(r/1e12, 2) for k,r in rate.items()}, missing=[f"{k} (pip install 'adverfine[bench]')" for k in missing], parts=parts)
-    return result | (dict(learner_overhead=round(overhead, 3)) if overhead is not None else {})
+    for o in tqdm(names*rounds, desc='turns', delay=60): took[o].append(_in_own_process(o, n))
+    result = _summary({k: median(v) for k,v in took.items()}, missing)
+    return result | dict(rounds=rounds, seconds={k: [round(o, 5) for o in v] for k,v in took.items()})

@@ -10,31 +10,62 @@ __all__ = ['card']
 # %% ../../nbs/deployment/01_card.ipynb #b0999337
 import json
 
-# %% ../../nbs/deployment/01_card.ipynb #2091d499
-_fence = '`'*3
+# %% ../../nbs/deployment/01_card.ipynb #799b83b2
+def _bits(said):
+    "Bits of a layer's weights and inputs"
+    if 'w_quant' in said: return f"{said['w_quant']['bits']} / {said['x_quant']['bits']}"
+    if 'y_quant' in said: return f"float32, output {said['y_quant']['bits']}"
+    return 'float32'
 
-def _size(said):
-    "A layer's sizes, and the bits of its weights and inputs"
+def _row(name, said):
+    "A layer as a row of a Markdown table"
     sizes = ' '.join(str(v) for k,v in said.items() if isinstance(v, int) and k!='groups')
-    return sizes,f"{said['w_quant']['bits']} / {said['x_quant']['bits']}" if 'w_quant' in said else f"float32, output {said['y_quant']['bits']}" if 'y_quant' in said else 'float32'
+    return f"| `{name}` | {said['type']} | {sizes} | {_bits(said)} |"
+
+# %% ../../nbs/deployment/01_card.ipynb #7d7715eb
+_fence = '`'*3
 
 def _measured(report):
     "The report in Markdown"
     if not report: return 'No measurement was saved with this network.'
-    if not isinstance(report, dict) or not {'clean', 'robust', 'threat', 'n', 'attacks', 'verdict'} <= report.keys(): return f'{_fence}json\n{json.dumps(report, indent=1)}\n{_fence}'
-    threat,attacks = report['threat'],', '.join(o['settings'] for o in report['attacks'])
-    return '\n'.join([f"| images | clean accuracy | robust accuracy | threat model |", '|---|---|---|---|',
-        f"| {report['n']} | {report['clean']:.4f} ± {report['clean_ci']:.4f} | {report['robust']:.4f} ± {report['robust_ci']:.4f} | {threat['norm']}, eps {threat['eps']:.4g} in pixels |", '',
-        f"Robust: right clean **and** under every attack: `{attacks}`. {report['verdict']}", '', *(f'- {o}' for o in report['reasons'])])
+    if not isinstance(report, dict) or not {'clean', 'robust', 'threat', 'n', 'attacks', 'verdict'} <= report.keys():
+        return f'{_fence}json\n{json.dumps(report, indent=1)}\n{_fence}'
+    threat = report['threat']
+    attacks = ', '.join(o['settings'] for o in report['attacks'])
+    return '\n'.join([
+        '| images | clean accuracy | robust accuracy | threat model |',
+        '|---|---|---|---|',
+        f"| {report['n']} | {report['clean']:.4f} ± {report['clean_ci']:.4f} "
+        f"| {report['robust']:.4f} ± {report['robust_ci']:.4f} "
+        f"| {threat['norm']}, eps {threat['eps']:.4g} in pixels |",
+        '',
+        f"Robust: right clean **and** under every attack: `{attacks}`. {report['verdict']}",
+        '',
+        *(f'- {o}' for o in report['reasons'])])
 
-def card(record, stored, work):
-    "The model card of `record`, whose network takes so many bytes and multiply-accumulates"
-    made,c_h_w = record['factory'],' x '.join(map(str, record['input_shape']))
+# %% ../../nbs/deployment/01_card.ipynb #2091d499
+def _summary_of(record):
+    "What made the network, what it takes and what it gives, in Markdown"
+    made = record['factory']
     arguments = ', '.join(f'{k}={v!r}' for k,v in made['kwargs'].items())
-    rows = '\n'.join(f"| `{n}` | {o['type']} | {' | '.join(_size(o))} |" for n,o in record['layers'].items())
-    return f"""# {made['factory'].rpartition('.')[2]}, compressed
+    images = ' x '.join(map(str, record['input_shape']))
+    normalises = ', normalises them itself,' if record['normalize'] else ''
+    vocab = record['vocab']
+    classes = f' for {len(vocab)} classes: ' + ', '.join(f'`{o}`' for o in vocab) if vocab else ''
+    return (f"`{made['factory']}({arguments})`, saved by adverfine {record['version']}. "
+            f"It takes images of {images} as pixels in [0,1]{normalises} and gives logits{classes}.")
 
-`{made['factory']}({arguments})`, saved by adverfine {record['version']}. It takes images of {c_h_w} as pixels in [0,1]{', normalises them itself,' if record['normalize'] else ''} and gives logits{f" for {len(record['vocab'])} classes: " + ', '.join(f'`{o}`' for o in record['vocab']) if record['vocab'] else ''}.
+# %% ../../nbs/deployment/01_card.ipynb #c4d0a001
+def card(
+    record:dict, # The description of a saved network, as `compressed_info` returns it
+    stored:int, # Bytes of the deployed network
+    work:int, # Multiply-accumulates for an image
+) -> str: # Markdown
+    "The model card of the network that `record` describes"
+    rows = '\n'.join(_row(n, o) for n,o in record['layers'].items())
+    return f"""# {record['factory']['factory'].rpartition('.')[2]}, compressed
+
+{_summary_of(record)}
 
 {stored:,} bytes as stored when deployed, {work:,} multiply-accumulates for an image.
 

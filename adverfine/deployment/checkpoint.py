@@ -21,38 +21,17 @@ from .. import __version__
 from ..files import locked, write_atomic
 from ..threat import pixel_space
 from ..networks.cost import macs, storage_bytes
-from .description import assemble, describe, described_layers, loose_tensors, made_by
+from .card import card
+from .description import assemble, describe, made_by
 
 # %% ../../nbs/deployment/02_checkpoint.ipynb #2333a9a7
 def _sha(data): return hashlib.sha256(data).hexdigest()
 def _checksum(record): return _sha(json.dumps(record, sort_keys=True).encode())
-def _weights_file(path, sha): return Path(path)/f'model-{sha[:12]}.safetensors'
+def _weights_file(path, sha): return path/f'model-{sha[:12]}.safetensors'
 
-@patch
-def save_compressed(self:Learner,
-    path, # Folder to write; what it held before is replaced
-    factory=None, # What makes the dense network: a name in `torchvision.models`, or a function without arguments; default: what its `made_by` says
-    report=None, # What was measured: a `RobustnessReport`, or anything that JSON can hold
-    **kwargs, # Arguments of the named factory
-) -> Path: # `path`
-    "Save the network, however compressed, as safetensors and JSON; what was there stays whole until the new one is"
-    path,space = Path(path),pixel_space(self.dls)
-    if hasattr(report, 'to_json'): report = json.loads(report.to_json())
-    model = copy.deepcopy(get_model(self.model)).to('cpu', memory_format=torch.contiguous_format).eval()
-    with no_random(): x = space.to_pixels(self.dls.valid.one_batch()[0][:2]).cpu()
-    vocab = getattr(self.dls, 'vocab', None)
-    stats = lambda t: torch.as_tensor(t).flatten().tolist()
-    weights = save({k: v.detach().clone(memory_format=torch.contiguous_format) for k,v in model.state_dict().items()})
-    record = dict(format=1, version=__version__, factory=made_by(model, factory, kwargs), layers={n: describe(m) for n,m in described_layers(model).items()}, loose=loose_tensors(model),
-                  normalize=[dict(mean=stats(o.mean), std=stats(o.std)) for o in space.normalizations], input_shape=list(x.shape[1:]),
-                  vocab=[str(o) for o in vocab] if vocab is not None else None, report=report, weights=dict(sha256=_sha(weights), bytes=len(weights)))
-    try: record = json.loads(json.dumps(record, allow_nan=False))
-    except (TypeError, ValueError) as e: raise ValueError(f"report and arguments must be what JSON can hold ({e}): use finite numbers, strings, lists and dicts") from e
-    again = assemble(record, weights, factory if callable(factory) else None)
-    with torch.no_grad(): same = torch.allclose(space.wrap(model)(x), again(x), rtol=0, atol=0, equal_nan=True)
-    if not same: raise ValueError(f"what {record['factory']['factory']!r} makes gives other logits than this network, which was changed after it was made: pass a function that makes it as it is now as factory=")
+def _replace(path, record, weights, text):
+    "Put a network into the folder `path`, and what was there out"
     file = _weights_file(path, record['weights']['sha256'])
-    text = card(record, storage_bytes(model), macs(model, space.from_pixels(x)))
     with locked(path):
         write_atomic(file, weights)
         write_atomic(path/'model.json', json.dumps(dict(record, checksum=_checksum(record)), indent=1))
@@ -60,6 +39,51 @@ def save_compressed(self:Learner,
         for old in path.iterdir():
             if old!=file and re.fullmatch(r'\.?model-[0-9a-f]{12}\.safetensors(\.[0-9a-f]{16})?(\.part)?', old.name):
                 with suppress(OSError): old.unlink()
+
+# %% ../../nbs/deployment/02_checkpoint.ipynb #de6ebf25
+def _as_json(record):
+    "`record` as JSON gives it back"
+    try: return json.loads(json.dumps(record, allow_nan=False))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"report and arguments must be what JSON can hold ({e}): "
+                         "use finite numbers, strings, lists and dicts") from e
+
+def _describe_normalisation(space):
+    def numbers(t): return torch.as_tensor(t).flatten().tolist()
+    return [dict(mean=numbers(o.mean), std=numbers(o.std)) for o in space.normalizations]
+
+def _check_saved(record, weights, factory, model, x):
+    "Raise a `ValueError` unless what is assembled has the logits of `model` for the pixels `x`"
+    again = assemble(record, weights, factory)
+    with torch.no_grad(): same = torch.allclose(model(x), again(x), rtol=0, atol=0, equal_nan=True)
+    if not same:
+        raise ValueError(f"what {record['factory']['factory']!r} makes gives other logits than this network, which was "
+                         "changed after it was made: pass a function that makes it as it is now as factory=")
+
+# %% ../../nbs/deployment/02_checkpoint.ipynb #de7e53e9
+@patch
+def save_compressed(self:Learner,
+    path, # Folder to write; what it held before is replaced
+    factory=None, # What makes the dense network: a name in `torchvision.models`, or a function; default: its `made_by`
+    report=None, # What was measured: a `RobustnessReport`, or anything that JSON can hold
+    **kwargs, # Arguments of the named factory
+) -> Path: # `path`
+    "Save the network, however compressed, as safetensors and JSON; what was there stays whole until the new one is"
+    path = Path(path)
+    space = pixel_space(self.dls)
+    if hasattr(report, 'to_json'): report = json.loads(report.to_json())
+    model = copy.deepcopy(get_model(self.model)).to('cpu', memory_format=torch.contiguous_format).eval()
+    with no_random(): x = space.to_pixels(self.dls.valid.one_batch()[0][:2]).cpu()
+    vocab = getattr(self.dls, 'vocab', None)
+    plain = torch.contiguous_format
+    weights = save({k: v.detach().clone(memory_format=plain) for k,v in model.state_dict().items()})
+    record = _as_json(dict(
+        format=1, version=__version__, factory=made_by(model, factory, kwargs), **describe(model),
+        normalize=_describe_normalisation(space), input_shape=list(x.shape[1:]),
+        vocab=[str(o) for o in vocab] if vocab is not None else None, report=report,
+        weights=dict(sha256=_sha(weights), bytes=len(weights))))
+    _check_saved(record, weights, factory if callable(factory) else None, space.wrap(model), x)
+    _replace(path, record, weights, card(record, storage_bytes(model), macs(model, space.from_pixels(x))))
     return path
 
 # %% ../../nbs/deployment/02_checkpoint.ipynb #2cdedf8a
@@ -68,15 +92,32 @@ def compressed_info(
 ) -> dict: # 'factory', 'layers', 'normalize', 'input_shape' (C,H,W), 'vocab', 'report', 'weights'
     "What the folder says of its network, without loading it"
     file = Path(path)/'model.json'
-    if not file.is_file(): raise FileNotFoundError(f"{path} holds no model.json: name a folder that learn.save_compressed has written")
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no model.json: name a folder that learn.save_compressed has written")
     try:
         record = json.loads(file.read_bytes())
         if record.pop('checksum')!=_checksum(record): raise ValueError("its checksum is another")
-        if record['format']!=1: raise ValueError(f"format {record['format']!r} is unknown to adverfine {__version__}: use a newer one")
-        if not re.fullmatch('[0-9a-f]{64}', record['weights']['sha256']): raise ValueError("its weights have no SHA-256")
+        if record['format']!=1:
+            raise ValueError(f"format {record['format']!r} is unknown to adverfine {__version__}: use a newer one")
+        sha = record['weights']['sha256']
+        if not re.fullmatch('[0-9a-f]{64}', sha): raise ValueError("its weights have no SHA-256")
     except OSError: raise
-    except Exception as e: raise ValueError(f"{file} is damaged ({type(e).__name__}: {e}): save the network again") from e
+    except Exception as e:
+        raise ValueError(f"{file} is damaged ({type(e).__name__}: {e}): save the network again") from e
     return record
+
+# %% ../../nbs/deployment/02_checkpoint.ipynb #b0a7a5f2
+def _read_weights(path, said):
+    "The bytes of the weights, if they are those of which the description has `said` size and sum"
+    file = _weights_file(path, said['sha256'])
+    size = said.get('bytes')
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing, and model.json beside it asks for it: "
+                                "copy the whole folder, or save the network again")
+    if file.stat().st_size==size:
+        weights = file.read_bytes()
+        if _sha(weights)==said['sha256']: return weights
+    raise ValueError(f"{file} is damaged (not the {size} bytes that were written): save the network again")
 
 def load_compressed(
     path, # Folder that `save_compressed` has written
@@ -84,8 +125,8 @@ def load_compressed(
 ) -> nn.Module: # From pixels in [0,1] (N,C,H,W) to logits (N,classes), in eval mode, on the CPU
     "The network that was saved, with the same logits to the last bit; nothing in the folder is executed"
     record = compressed_info(path)
-    file,size = _weights_file(path, record['weights']['sha256']),record['weights'].get('bytes')
-    if not file.is_file(): raise FileNotFoundError(f"{file} is missing, and model.json beside it asks for it: copy the whole folder, or save the network again")
-    if file.stat().st_size!=size or _sha(weights := file.read_bytes())!=record['weights']['sha256']: raise ValueError(f"{file} is damaged (not the {size} bytes that were written): save the network again")
+    weights = _read_weights(Path(path), record['weights'])
     try: return assemble(record, weights, factory)
-    except Exception as e: raise ValueError(f"{path} cannot be loaded ({type(e).__name__}: {e}): save the network again, and pass the factory= that it was saved with, if any") from e
+    except Exception as e:
+        raise ValueError(f"{path} cannot be loaded ({type(e).__name__}: {e}): "
+                         "save the network again, and pass the factory= that it was saved with, if any") from e

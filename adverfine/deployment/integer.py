@@ -16,47 +16,62 @@ from ..threat import PixelModel
 from ..networks.modes import bare, evaluating
 from ..compression.quantization import QuantBatchNorm2d, QuantConv2d, QuantLinear, traced
 
-# %% ../../nbs/deployment/03_integer.ipynb #a266a1ce
+# %% ../../nbs/deployment/03_integer.ipynb #8be8a447
 _q = torch.ops.quantized_decomposed
 
-class _Grid:
-    "Where `quantizer` rounds to, in bytes"
+class _ByteRounding:
+    "Rounds to what `quantizer` rounds to, by way of bytes"
     def __init__(self, quantizer):
-        self.half = bool(quantizer.offset)
-        self.step,zero = quantizer.step.item()/(2 if self.half else 1),0 if quantizer.lo==0 and not self.half else 128
-        self.bytes,self.clip = (self.step, zero, 0, 255, torch.uint8),(quantizer.lo,quantizer.hi)!=(-zero,255-zero)
+        self.one_bit = bool(quantizer.offset)
+        self.step = quantizer.step.item()/(2 if self.one_bit else 1)
+        zero = 0 if quantizer.lo==0 and not self.one_bit else 128
+        self.bytes = self.step,zero,0,255,torch.uint8
+        self.few_codes = (quantizer.lo,quantizer.hi)!=(-zero,255-zero)
         self.range = quantizer.lo*self.step,quantizer.hi*self.step
 
     def __call__(self, x):
-        if self.half: x = torch.where(x<0, -self.step, self.step)
-        elif self.clip: x = x.clamp(*self.range)
+        if self.one_bit: x = torch.where(x<0, -self.step, self.step)
+        elif self.few_codes: x = x.clamp(*self.range)
         return _q.dequantize_per_tensor(_q.quantize_per_tensor(x, *self.bytes), *self.bytes)
 
+# %% ../../nbs/deployment/03_integer.ipynb #a266a1ce
+def _integer_weights(layer):
+    "Codes, step sizes and bias of `layer`; the codes are whole, also those of one bit"
+    w = layer.w_quant
+    half = 2 if w.offset else 1
+    step = (w.step/half).flatten()
+    codes = (w(layer.weight)/w.step*half).round()
+    return codes,step,layer.bias if layer.bias is not None else torch.zeros_like(step)
+
+def _fold(norm, codes, step, bias):
+    "Codes, step sizes and bias of a layer that does what the BatchNorm `norm` does after it"
+    gain = (norm.weight if norm.affine else 1)/(norm.running_var+norm.eps).sqrt()
+    codes = codes*gain.sign().view(-1, *[1]*(codes.dim()-1))
+    bias = (bias-norm.running_mean)*gain + (norm.bias if norm.affine else 0)
+    return codes,step*gain.abs(),bias
+
+# %% ../../nbs/deployment/03_integer.ipynb #3dbbae3d
 class _Integer(nn.Module):
-    "What integer layers have in common: codes and steps of `layer`, with the BatchNorm `norm` folded into them"
+    "What integer layers have in common: codes and step sizes of `layer`, with the BatchNorm `norm` folded into them"
     def __init__(self, layer, norm=None):
         super().__init__()
-        w,x = layer.w_quant,layer.x_quant
         with torch.no_grad():
-            half = 2 if w.offset else 1
-            codes,step = (w(layer.weight)/w.step*half).round(),(w.step/half).flatten()
-            bias = layer.bias if layer.bias is not None else torch.zeros_like(step)
-            if norm is not None:
-                gain = (norm.weight if norm.affine else 1)/(norm.running_var+norm.eps).sqrt()
-                codes,step = codes*gain.sign().view(-1, *[1]*(codes.dim()-1)),step*gain.abs()
-                bias = (bias-norm.running_mean)*gain + (norm.bias if norm.affine else 0)
+            codes,step,bias = _integer_weights(layer)
+            if norm is not None: codes,step,bias = _fold(norm, codes, step, bias)
         self.register_buffer('codes', codes.to(torch.int8))
         self.register_buffer('step', step.clamp_min(1e-30))
         self.register_buffer('zero', torch.zeros_like(step, dtype=torch.int8))
         self.register_buffer('bias', bias.detach().clone())
-        self.x_grid,self.y_grid = _Grid(x),_Grid(norm.y_quant) if hasattr(norm, 'y_quant') else None
+        self.round_x = _ByteRounding(layer.x_quant)
+        self.round_y = _ByteRounding(norm.y_quant) if hasattr(norm, 'y_quant') else None
 
     def forward(self, x):
-        out = self.multiply(self.x_grid(x), self.weight)
-        return out if self.y_grid is None else self.y_grid(out)
+        out = self.multiply(self.round_x(x), self.weight)
+        return out if self.round_y is None else self.round_y(out)
 
     @property
-    def weight(self): return _q.dequantize_per_channel(self.codes, self.step, self.zero, 0, -127, 127, torch.int8)
+    def weight(self):
+        return _q.dequantize_per_channel(self.codes, self.step, self.zero, 0, -127, 127, torch.int8)
 
 class IntegerConv2d(_Integer):
     "A convolution with integer weights"
@@ -69,59 +84,76 @@ class IntegerLinear(_Integer):
     "A linear layer with integer weights"
     def multiply(self, x, w): return F.linear(x, w, self.bias)
 
-integer_classes = {QuantConv2d: IntegerConv2d, QuantLinear: IntegerLinear}   # what each fake-quantized layer becomes
+integer_classes = {QuantConv2d: IntegerConv2d, QuantLinear: IntegerLinear} # what each fake-quantized layer becomes
 
 # %% ../../nbs/deployment/03_integer.ipynb #845d3307
-def _norms(model):
-    "Which BatchNorm follows which convolution, and nothing else does: name -> name"
+def _following_norms(model):
+    "name of a convolution -> name of the BatchNorm that is the only reader of its output"
     graph = traced(model, "its BatchNorms are not folded into its convolutions")
-    modules,found = dict(model.named_modules()),{}
-    for node in graph.nodes if graph else ():
-        after = next(iter(node.users)) if len(node.users)==1 else None
-        if node.op=='call_module' and type(modules[node.target]) is QuantConv2d and after is not None and after.op=='call_module':
-            norm = modules[after.target]
-            if type(norm) in (nn.BatchNorm2d, QuantBatchNorm2d) and norm.track_running_stats: found[node.target] = after.target
+    if graph is None: return {}
+    modules = dict(model.named_modules())
+    found = {}
+    for node in graph.nodes:
+        if node.op!='call_module' or type(modules[node.target]) is not QuantConv2d or len(node.users)!=1: continue
+        reader = next(iter(node.users))
+        if reader.op!='call_module': continue
+        norm = modules[reader.target]
+        is_norm = type(norm) in (nn.BatchNorm2d, QuantBatchNorm2d)
+        if is_norm and norm.track_running_stats: found[node.target] = reader.target
     return found
 
-def _check_integer(name, m):
-    if (bits := max(m.w_quant.bits, m.x_quant.bits))>8: raise ValueError(f"layer '{name}' has {bits} bits, and integer kernels have 8 at most: quantize it to 8 or fewer")
-    if isinstance(m, nn.Conv2d) and m.padding_mode!='zeros': raise ValueError(f"layer '{name}' pads with {m.padding_mode!r}, which integer kernels do not: use zeros")
+def _check_norm(name, norm):
+    if hasattr(norm, 'y_quant') and norm.y_quant.bits>8:
+        raise ValueError(f"layer '{name}' rounds to {norm.y_quant.bits} bits, and integer kernels have 8 at most: "
+                         "quantize with sums=8")
 
+def _check_layer(name, m):
+    bits = max(m.w_quant.bits, m.x_quant.bits)
+    if bits>8:
+        raise ValueError(f"layer '{name}' has {bits} bits, and integer kernels have 8 at most: "
+                         "quantize it to 8 or fewer")
+    if isinstance(m, nn.Conv2d) and m.padding_mode!='zeros':
+        raise ValueError(f"layer '{name}' pads with {m.padding_mode!r}, which integer kernels do not: use zeros")
+
+# %% ../../nbs/deployment/03_integer.ipynb #8c4d9230
 def integer_network(
-    model:nn.Module, # A twin: a network after `quantize`
+    model:nn.Module, # A fake-quantized network: a network after `quantize`
 ) -> nn.Module: # The same network, on the CPU, in eval mode
     "A copy of `model` with integer weights, BatchNorm folded into them: what is exported"
-    import_module('torch.ao.quantization.fx')  # registers quantized_decomposed, which exporters and integer kernels know
+    import_module('torch.ao.quantization.fx') # registers quantized_decomposed, which exporters and kernels know
     model = copy.deepcopy(bare(model)).to('cpu', memory_format=torch.contiguous_format).eval()
     if isinstance(model, PixelModel):
         model.model = integer_network(model.model)
         return model
-    twins = {n: m for n,m in model.named_modules() if type(m) in integer_classes}
-    if not twins: raise ValueError(f"{type(model).__name__} has no quantized layers: call quantize first")
-    norms = _norms(model)
-    for n in norms.values():
-        if (q := getattr(model.get_submodule(n), 'y_quant', None)) and q.bits>8: raise ValueError(f"layer '{n}' rounds to {q.bits} bits, and integer kernels have 8 at most: quantize with sums=8")
-    for n,m in twins.items():
-        _check_integer(n, m)
-        model.set_submodule(n, integer_classes[type(m)](m, model.get_submodule(norms[n]) if n in norms else None))
-    for n in norms.values(): model.set_submodule(n, nn.Identity())
+    quantized = {n: m for n,m in model.named_modules() if type(m) in integer_classes}
+    if not quantized: raise ValueError(f"{type(model).__name__} has no quantized layers: call quantize first")
+    norm_after = _following_norms(model)
+    for n in norm_after.values(): _check_norm(n, model.get_submodule(n))
+    for n,m in quantized.items():
+        _check_layer(n, m)
+        norm = model.get_submodule(norm_after[n]) if n in norm_after else None
+        model.set_submodule(n, integer_classes[type(m)](m, norm))
+    for n in norm_after.values(): model.set_submodule(n, nn.Identity())
     return model
 
 # %% ../../nbs/deployment/03_integer.ipynb #382b2a81
+_tie = .05 # Of the spread of the logits: as much as rounding in another order can move them
+
 def check_agreement(
     artifact, # A callable from pixels (N,C,H,W) to logits
-    twin, # The network that it was made from, likewise
+    fake_quantized, # The network that it was made from, likewise
     x:Tensor, # Images in [0,1] (N,C,H,W)
-    least:float=.995, # Share of images that both have to put into the same class, near-ties aside; one image may always differ
+    least:float=.995, # Share of `x` to put into the same class, near-ties aside; one image may always differ
     bs:int=64, # Images at a time
 ) -> float: # The share that they do
-    "Raise a `ValueError` unless `artifact` decides as `twin` does"
-    with evaluating(twin), torch.no_grad(): theirs,ours = (torch.cat(o) for o in zip(*((artifact(b), twin(b)) for b in x.split(bs))))
-    chosen,wanted = theirs.argmax(1),ours.argmax(1)
-    lead = (ours.gather(1, wanted[:,None])-ours.gather(1, chosen[:,None]))[:,0]
-    odd = (chosen!=wanted) & ~(lead<=_tie*ours.std())
+    "Raise a `ValueError` unless `artifact` decides as `fake_quantized` does"
+    with evaluating(fake_quantized), torch.no_grad():
+        both = [(artifact(b), fake_quantized(b)) for b in x.split(bs)]
+    logits,expected = (torch.cat(o) for o in zip(*both))
+    chosen,wanted = (o.argmax(1) for o in (logits, expected))
+    lead = (expected.gather(1, wanted[:,None])-expected.gather(1, chosen[:,None]))[:,0]
+    odd = (chosen!=wanted) & ~(lead<=_tie*expected.std())
     if odd.sum()>max(1, int((1-least)*len(x)+1e-9)):
-        raise ValueError(f"the artifact chooses the twin's class for {1-odd.float().mean():.1%} of {len(x)} images, near-ties aside, and {least:.1%} are needed: nothing was written")
+        raise ValueError(f"the artifact chooses the fake-quantized network's class for {1-odd.float().mean():.1%} "
+                         f"of {len(x)} images, near-ties aside, and {least:.1%} are needed: nothing was written")
     return (chosen==wanted).float().mean().item()
-
-_tie = .05 # Of the spread of the logits: as much as rounding in another order can move them

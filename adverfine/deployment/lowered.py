@@ -9,6 +9,7 @@ __all__ = ['Lowered', 'lower']
 
 # %% ../../nbs/deployment/05_lowered.ipynb #3ec11da4
 import warnings
+from importlib import import_module
 import torch
 from tqdm.auto import tqdm
 from torch import nn, Tensor
@@ -23,7 +24,9 @@ class Lowered(nn.Module):
         compiled:dict, # number of images -> a program for just as many
     ):
         super().__init__()
-        self.graph,self.compiled = graph,compiled
+        self.graph = graph
+        self.compiled = compiled
+
     def forward(self, x):
         x = x.detach().as_subclass(Tensor).contiguous()
         with torch.no_grad(): return self.compiled.get(len(x), self.graph)(x)
@@ -33,54 +36,69 @@ def _kernels(network, x):
     "`network` as a graph of integer kernels"
     from torch._inductor.constant_folding import constant_fold
     from torch._inductor.fx_passes.freezing_patterns import freezing_passes
-    keep = torch.export.default_decompositions()
-    for k in [o for o in keep if not torch._export.utils._is_cia_op(o)]: del keep[k]
+    aten = torch.ops.aten
+    decompositions = torch.export.default_decompositions()
+    for op in list(decompositions):
+        if not torch._export.utils._is_cia_op(op): del decompositions[op]
+    shapes = {0: torch.export.Dim('images', min=1)},
     with torch.no_grad():
-        graph = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim('images', min=1)},)).run_decompositions(keep).module()
+        exported = torch.export.export(network, (x,), dynamic_shapes=shapes)
+        graph = exported.run_decompositions(decompositions).module()
         for node in graph.graph.nodes:
-            if node.target==torch.ops.aten.view.default: node.target = torch.ops.aten.reshape.default
-            if node.target==torch.ops.aten.t.default: node.target,node.args = torch.ops.aten.permute.default,(node.args[0], [1, 0])
+            if node.target==aten.view.default: node.target = aten.reshape.default
+            if node.target==aten.t.default:
+                node.target = aten.permute.default
+                node.args = node.args[0],[1, 0]
         graph.recompile()
         freezing_passes(graph, (x,))
         constant_fold(graph)
     return graph
 
 # %% ../../nbs/deployment/05_lowered.ipynb #30d921b5
-def _programs(network, x, sizes):
-    "`network` compiled for each of `sizes`; for none where that does not work"
-    from torch._inductor import config as inductor
-    from torch.compiler import config as compiler
-    try:
-        with inductor.patch(freezing=True), compiler.patch(recompile_limit=256), torch.no_grad():
-            return {n: _program(network, x[torch.arange(n)%len(x)]) for n in tqdm(sizes, desc='compiling', leave=False, delay=3)}
-    except Exception as e:
-        warnings.warn(f"torch.compile does not work here ({type(e).__name__}: {' '.join(str(e).split()[:12])}): the network runs kernel by kernel")
-        return {}
-
 def _program(network, x):
-    "What Inductor makes of `network` for images of the very shape of `x`: called by itself, without guards that could have it compiled anew"
+    "What Inductor makes of `network` for images of the very shape of `x`"
     from torch._inductor.compile_fx import compile_fx
     made = []
     def backend(graph, example):
         made.append(compile_fx(graph, example))
         return made[-1]
     torch.compile(network, backend=backend, dynamic=False, fullgraph=True)(x)
-    return lambda x: made[0](x)[0]
+    def program(x): return made[0](x)[0]
+    return program
+
+def _programs(network, x, sizes):
+    "`network` compiled for each of `sizes`; for none where that does not work"
+    from torch._inductor import config as inductor
+    from torch.compiler import config as compiler
+    sizes = tqdm(sizes, desc='compiling', leave=False, delay=3)
+    try:
+        with inductor.patch(freezing=True), compiler.patch(recompile_limit=256), torch.no_grad():
+            return {n: _program(network, x[torch.arange(n)%len(x)]) for n in sizes}
+    except Exception as e:
+        why = f"{type(e).__name__}: {' '.join(str(e).split()[:12])}"
+        warnings.warn(f"torch.compile does not work here ({why}): the network runs kernel by kernel")
+        return {}
 
 # %% ../../nbs/deployment/05_lowered.ipynb #3d355f9f
 def lower(
-    model:nn.Module, # A twin: a network after `quantize`
+    model:nn.Module, # A fake-quantized network: a network after `quantize`
     x:Tensor, # Images as it wants them (N,C,H,W), to trace and to verify it with
     sizes:tuple=(1, 64), # Numbers of images to compile for, some seconds each
-    least:float=.995, # Share of them that both have to put into the same class
+    least:float=.995, # Share of `x` that both have to put into the same class
 ) -> Lowered: # From images to logits, by integer kernels on an x86 processor
     "The network by PyTorch's integer kernels, once it has put the images `x` into the same classes"
     require('torchao', extra='int8')
-    if odd := [n for n in sizes if isinstance(n, bool) or not isinstance(n, int) or n<1]: raise ValueError(f"sizes={sizes}: {odd[0]!r} is not a number of images")
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # registers the patterns that become integer kernels
-    network,x = integer_network(model),x.detach().as_subclass(Tensor).cpu().contiguous()
-    programs,graph = _programs(network, x, sizes),_kernels(network, x[torch.arange(2)%len(x)])
+    if odd := [n for n in sizes if isinstance(n, bool) or not isinstance(n, int) or n<1]:
+        raise ValueError(f"sizes={sizes}: {odd[0]!r} is not a number of images")
+    # registers the patterns that become integer kernels
+    import_module('torchao.quantization.pt2e.quantizer.x86_inductor_quantizer')
+    network = integer_network(model)
+    x = x.detach().as_subclass(Tensor).cpu().contiguous()
+    programs = _programs(network, x, sizes)
+    graph = _kernels(network, x[torch.arange(2)%len(x)])
     device = next(model.parameters()).device
+    def expected(x): return model(x.to(device)).cpu()
     for n,run in (64, graph),*programs.items():
-        check_agreement(run, lambda o: model(o.to(device)).cpu(), x[torch.arange(max(1, len(x)//n)*n)%len(x)], least, bs=n)
+        whole_batches = x[torch.arange(max(1, len(x)//n)*n)%len(x)]
+        check_agreement(run, expected, whole_batches, least, bs=n)
     return Lowered(graph, programs)

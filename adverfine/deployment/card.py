@@ -25,7 +25,7 @@ def _row(name, said):
 # %% ../../nbs/deployment/01_card.ipynb #7d7715eb
 _fence = '`'*3
 
-def _measured(report):
+def _measured_section(report):
     "The report in Markdown"
     if not report: return 'No measurement was saved with this network.'
     if not isinstance(report, dict) or not {'clean', 'robust', 'threat', 'n', 'attacks', 'verdict'} <= report.keys():
@@ -71,7 +71,7 @@ def card(
 
 ## Measured
 
-{_measured(record['report'])}
+{_measured_section(record['report'])}
 
 ## Use
 

@@ -34,15 +34,19 @@ def images(learn):
 
 def _right(model, x, y): return (model(x).argmax(1)==y).float().mean().item()
 
-# torchattacks divides by |grad| + 1e-10 after averaging the loss over the batch, so its l2 steps shrink to nothing where gradients are small or
-# batches large; with a smaller constant it takes the steps that it means to take
+# torchattacks divides by |grad| + 1e-10 after averaging the loss over the batch, so its l2 steps shrink to nothing
+# where gradients are small or batches large; with a smaller constant it takes the steps that it means to take
 peers = dict(linf=lambda m, **kw: torchattacks.PGD(m, eps=.1, alpha=.01, steps=20, **kw),
              l2=lambda m, **kw: torchattacks.PGDL2(m, eps=.8, alpha=.1, steps=20, eps_for_division=1e-30, **kw),
              fgsm=lambda m, **kw: torchattacks.FGSM(m, eps=.1))
-ours = dict(linf=partial(PGD, .1, steps=20, step_size=.01), l2=partial(PGD, .8, steps=20, step_size=.1, norm='l2'), fgsm=lambda **kw: FGSM(.1))
+ours = dict(linf=partial(PGD, .1, steps=20, step_size=.01),
+            l2=partial(PGD, .8, steps=20, step_size=.1, norm='l2'),
+            fgsm=lambda **kw: FGSM(.1))
 
 @pytest.fixture(scope='module')
-def many(learn): return tuple(map(torch.cat, zip(*(pixels(dl) for dl in learn.dls))))     # all digits, less what the last training batch drops
+def many(learn):
+    "All digits, less what the last training batch drops"
+    return tuple(map(torch.cat, zip(*(pixels(dl) for dl in learn.dls))))
 
 def _peer(model, x, y, attack):
     model = copy.deepcopy(model).eval()
@@ -89,15 +93,22 @@ class Fussy(nn.Module):
         self.calls += 1
         if self.calls==3: raise RuntimeError('third call')
         return self.net(x)
-    def state(self): return ([m.training for m in self.modules()], [p.requires_grad for p in self.parameters()],
-                             [p.grad.tolist() if p.grad is not None else None for p in self.parameters()], [b.tolist() for b in self.buffers()])
+    def state(self):
+        return ([m.training for m in self.modules()],
+                [p.requires_grad for p in self.parameters()],
+                [p.grad.tolist() if p.grad is not None else None for p in self.parameters()],
+                [b.tolist() for b in self.buffers()])
 
-@pytest.mark.parametrize('use', [lambda m,x,y: PGD(.1, steps=5)(m, x, y), lambda m,x,y: evaluate(m, x, y, PGD(.1, steps=5))])
+@pytest.mark.parametrize('use', [
+    lambda m,x,y: PGD(.1, steps=5)(m, x, y),
+    lambda m,x,y: evaluate(m, x, y, PGD(.1, steps=5))])
 def test_nothing_is_left_behind(images, use):
     x = images[0][:8]
     for raises in (True, False):
-        model = Fussy(); before = model.state()
-        with evaluating(model), torch.no_grad(): y = model(x).argmax(1)      # right about everything, so that there is something to attack
+        model = Fussy()
+        before = model.state()
+        # right about everything, so that there is something to attack
+        with evaluating(model), torch.no_grad(): y = model(x).argmax(1)
         model.calls = 0
         if raises:
             with pytest.raises(RuntimeError, match='third call'): use(model, x, y)
@@ -121,14 +132,18 @@ def test_own_generator_leaves_the_global_one_alone(model, images):
 
 def test_bad_images_and_models(model, images):
     x,y = (o[:4] for o in images)
-    for bad,why in [(x-1, 'in \\[0,1\\]'), (x*float('inf'), 'NaN or infinite'), (x.long(), 'float tensor'), (x[:0], 'no images')]:
+    for bad,why in [
+            (x-1, 'in \\[0,1\\]'),
+            (x*float('inf'), 'NaN or infinite'),
+            (x.long(), 'float tensor'),
+            (x[:0], 'no images')]:
         with pytest.raises(ValueError, match=why): PGD(.1)(model, bad, y[:len(bad)])
     with pytest.raises(ValueError, match='whole numbers'): PGD(.1)(model, x, y[:2])
     with pytest.raises(ValueError, match='-1 to'): PGD(.1)(model, x, torch.full_like(y, -1))
     with pytest.raises(ValueError, match='tuple'): PGD(.1)(lambda x: (model(x),), x, y)
 
 def test_normalize_or_not_is_the_same_adversary(learn):
-    "A network for normalised batches and the same network with the normalisation inside: one robust accuracy, in callback and report"
+    "Normalised batches, or the normalisation inside the network: one robust accuracy, in callback and report"
     inside = Learner(digits_dls(), pixel_space(learn.dls).wrap(learn.model), metrics=RobustAccuracy(PGD(.1)))
     outside = Learner(learn.dls, learn.model, metrics=RobustAccuracy(PGD(.1)))
     assert inside.robustness(PGD(.1)).robust == outside.robustness(PGD(.1)).robust

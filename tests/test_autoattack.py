@@ -391,7 +391,7 @@ def test_a_move_takes_from_one_window_and_gives_to_another(share, side):
     x = torch.full((2, 2, 11, 12), .5, dtype=torch.float64)
     attack = Square(.3, norm='l2')
     for seed in range(6):
-        adv = x+(_L2Search(attack, _Draw(_seed(9), 'cpu')).first(x)-x)*.9                    # a tenth of the length is free
+        adv = x+(_L2Search(attack, _Draw(_seed(9), 'cpu')).first(x)-x)*.9     # a tenth of the length is free
         draw = _Draw(_seed(seed), 'cpu')
         to,off = ((...,*draw.window(11, 12, side)) for _ in range(2))
         b,signs = _bump(side, draw),draw.signs(2, 2, 1, 1)
@@ -437,13 +437,12 @@ def test_each_part_sees_only_what_stands():
     labels = net(x).argmax(1)
     d = _distance(net.net, x, labels, 'linf')
     eps = d.median().item()
-    attack = AutoAttack(eps)
     sizes = []
     class Logged(AutoAttack):
         @property
         def parts(self):
-            return tuple(Wrapped(self.eps, part=p) for p in (APGD(eps, steps=20), FAB(eps, steps=3),
-                Square(eps, queries=3)))
+            return tuple(Wrapped(self.eps, part=p)
+                         for p in (APGD(eps, steps=20), FAB(eps, steps=3), Square(eps, queries=3)))
     class Wrapped(Attack):
         def __init__(self, eps, part): object.__setattr__(self, 'eps', eps); object.__setattr__(self, 'part', part)
         def craft(self, model, x, y, generator):

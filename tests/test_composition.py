@@ -1,11 +1,11 @@
 "Callbacks with callbacks, and what people do between two fits: equal gradients, equal numbers"
+from functools import partial
 from itertools import combinations
 import warnings
 import pytest, torch, torch.nn.functional as F
 from torch import Tensor
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.vision.all import Callback, CrossEntropyLossFlat, LabelSmoothingCrossEntropy, Learner, SGD, set_seed
 from adverfine.networks.zoo import cnn8
@@ -21,7 +21,8 @@ from adverfine.training.free import FreeAdversarialTraining
 from adverfine.training.averaging import WeightAverage
 from adverfine.training.perturbation import AWP
 from adverfine.training.warmup import EpsilonWarmup
-import adverfine.compression.pruning, adverfine.compression.quantization, fastai.callback.progress  # noqa: F401 verbs of a Learner
+import adverfine.compression.pruning, adverfine.compression.quantization  # noqa: F401 verbs of a Learner
+import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 
 attack,lr,gamma = PGD(.1, steps=2, random_start=False),.05,.02
 
@@ -60,7 +61,7 @@ def _learner(bs=32, net=None, **kwargs):
     return Learner(dls, (net or cnn8(size=8)), **kwargs)
 
 def _fit(learn, epochs, *cbs):
-    "What each batch was before and after the attack, the gradient of each step, and (weights, number of batches) when it was taken"
+    "Each batch before and after the attack, each step's gradient, and (weights, number of batches) when it was taken"
     before,after,step = Before(),After(),Step()
     set_seed(1)
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
@@ -73,14 +74,17 @@ def _smoothed(out, y): return LabelSmoothingCrossEntropy(reduction='none')(out, 
 def _by_hand(net, batches, used):
     "The gradient of Madry's objective over `batches`, with what is in `used`"
     each = _smoothed if 'smoothing' in used else lambda out, y: F.cross_entropy(out, y, reduction='none')
-    params,total,n = list(net.parameters()),None,sum(len(x) for x,*_ in batches)
+    params = list(net.parameters())
+    total = None
+    n = sum(len(x) for x,*_ in batches)
     for x,y,y1,lam,pct,made in batches:
         share = min(1, pct/.5) if 'warmup' in used else 1
         soft = lam.view(-1, 1)*F.one_hot(y, 10) + (1-lam.view(-1, 1))*F.one_hot(y1, 10)
         step = PGD(share*.1, steps=2, random_start=False)
         adv = step(net, x, soft if 'mixup' in used or 'cutmix' in used else y)
         def loss(x=None):
-            with torch.autocast('cpu', torch.bfloat16, enabled='bf16' in used): out = net(adv if x is None else x).float()
+            with torch.autocast('cpu', torch.bfloat16, enabled='bf16' in used):
+                out = net(adv if x is None else x).float()
             return (lam*each(out, y) + (1-lam)*each(out, y1)).sum()
         # a pixel whose gradient is nearly zero may go either way, and many may in bfloat16
         if 'bf16' in used: assert loss(made) > .95*loss()
@@ -101,8 +105,17 @@ def _by_hand(net, batches, used):
         total = [g*min(1, .1/norm.item()) for g in total]
     return total
 
-parts = dict(accumulation=lambda: GradientAccumulation(64), clip=lambda: GradientClip(.1), mixup=MixUp, cutmix=CutMix, smoothing=None,
-             fp16=MixedPrecision, bf16=BF16, awp=lambda: AWP(gamma), average=lambda: WeightAverage(None), warmup=lambda: EpsilonWarmup(.5))
+parts = dict(
+    accumulation=lambda: GradientAccumulation(64),
+    clip=lambda: GradientClip(.1),
+    mixup=MixUp,
+    cutmix=CutMix,
+    smoothing=None,
+    fp16=MixedPrecision,
+    bf16=BF16,
+    awp=lambda: AWP(gamma),
+    average=lambda: WeightAverage(None),
+    warmup=lambda: EpsilonWarmup(.5))
 
 def _nearly(a, b, used):
     "Equal up to rounding: that of float32, or that of bfloat16"
@@ -164,7 +177,10 @@ def test_mixed_images_of_other_objectives(objective, mix):
         for p,w in zip(net.parameters(), weights): p.copy_(w)
     adv,clean = net(made).chunk(2)
     kl = lambda p, out: F.kl_div(out.log_softmax(1), p, reduction='batchmean')
-    if isinstance(objective, TRADES): loss = (lam*F.cross_entropy(clean, y, reduction='none') + (1-lam)*F.cross_entropy(clean, y1, reduction='none')).mean() + 2*kl(clean.softmax(1), adv)
+    each = lambda labels: F.cross_entropy(clean, labels, reduction='none')
+    if isinstance(objective, TRADES):
+        mixed = lam*each(y) + (1-lam)*each(y1)
+        loss = mixed.mean() + 2*kl(clean.softmax(1), adv)
     else:
         p = objective.teacher(x).softmax(1).detach()
         loss = kl(p, clean)/6 + kl(p, adv)*5/6
@@ -201,18 +217,30 @@ def test_the_loss_function_comes_back(permanent):
 # --- what people do between two fits
 
 def _save_and_load(learn):
-    learn.save('between'); learn.load('between')
+    learn.save('between')
+    learn.load('between')
 
 def _freeze(learn):
-    learn.freeze(); learn.unfreeze()
+    learn.freeze()
+    learn.unfreeze()
 
 def _half_precision(learn):
-    learn.to_fp16(); learn.to_fp32()
+    learn.to_fp16()
+    learn.to_fp32()
 
-between = dict(nothing=lambda learn: None, lr_find=lambda learn: learn.lr_find(show_plot=False, num_it=8), save_and_load=_save_and_load,
-               freeze=_freeze, validate=lambda learn: learn.validate(), get_preds=lambda learn: learn.get_preds(), precision=_half_precision)
-compressions = dict(dense=lambda learn: None, prune=lambda learn: learn.prune(.5), quantize=lambda learn: learn.quantize(4),
-                    both=lambda learn: learn.prune(.5).quantize(4))
+between = dict(
+    nothing=lambda learn: None,
+    lr_find=lambda learn: learn.lr_find(show_plot=False, num_it=8),
+    save_and_load=_save_and_load,
+    freeze=_freeze,
+    validate=lambda learn: learn.validate(),
+    get_preds=lambda learn: learn.get_preds(),
+    precision=_half_precision)
+compressions = dict(
+    dense=lambda learn: None,
+    prune=lambda learn: learn.prune(.5),
+    quantize=lambda learn: learn.quantize(4),
+    both=lambda learn: learn.prune(.5).quantize(4))
 
 def _story(path, compress, *acts, opt_func=None):
     "A fit, what comes between, a compression, again what comes between, a fit: the weights, and the Learner"
@@ -231,14 +259,16 @@ def _story(path, compress, *acts, opt_func=None):
 def test_between_two_fits(tmp_path, compress):
     "None of it changes the training that follows; everything learns, and the Learner can be exported"
     from fastai.vision.all import Adam, load_learner
-    want,_ = _story(tmp_path, compressions[compress], opt_func=Adam)
-    afresh,_ = _story(tmp_path, compressions[compress], lambda learn: learn.opt.clear_state(), opt_func=Adam)  # as fastai's freeze does
+    story = partial(_story, tmp_path, compressions[compress], opt_func=Adam)
+    want,_ = story()
+    afresh,_ = story(lambda learn: learn.opt.clear_state())     # as fastai's freeze does
     assert not torch.equal(want, afresh)
     for name,act in between.items():
-        got,learn = _story(tmp_path, compressions[compress], act, opt_func=Adam)
+        got,learn = story(act)
         assert torch.equal(got, afresh if name=='freeze' else want), name
         assert {p for ps in learn.opt.param_lists for p in ps}==set(learn.model.parameters())
         assert all(learn.opt.state[p] for p in learn.model.parameters() if p.grad is not None)
     learn.export('learner.pkl')
     x = learn.dls.valid.one_batch()[0].as_subclass(Tensor)
-    with torch.no_grad(): assert torch.equal(load_learner(tmp_path/'learner.pkl').model(x), learn.model.eval()(x))
+    exported = load_learner(tmp_path/'learner.pkl').model
+    with torch.no_grad(): assert torch.equal(exported(x), learn.model.eval()(x))

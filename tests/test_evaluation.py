@@ -45,28 +45,37 @@ def _seed(s): return torch.Generator().manual_seed(s)
 # ---- attacks
 
 eps = dict(linf=.1, l2=.6)
-peers = dict(ce=(lambda e, n: APGD(e, norm=n, steps=10), lambda m, **kw: torchattacks.APGD(m, steps=10, **kw)),
-             targeted=(lambda e, n: APGD(e, norm=n, steps=10, loss='dlr', targets=9), lambda m, **kw: torchattacks.APGDT(m, steps=10, **kw)),
-             fab=(lambda e, n: FAB(e, norm=n, steps=10), lambda m, **kw: torchattacks.FAB(m, steps=10, multi_targeted=True, n_classes=10, **kw)))
+their_norms = dict(linf='Linf', l2='L2')
+peers = dict(
+    ce=(lambda e, n: APGD(e, norm=n, steps=10),
+        lambda m, **kw: torchattacks.APGD(m, steps=10, **kw)),
+    targeted=(lambda e, n: APGD(e, norm=n, steps=10, loss='dlr', targets=9),
+              lambda m, **kw: torchattacks.APGDT(m, steps=10, **kw)),
+    fab=(lambda e, n: FAB(e, norm=n, steps=10),
+         lambda m, **kw: torchattacks.FAB(m, steps=10, multi_targeted=True, n_classes=10, **kw)))
 
 @pytest.mark.parametrize('norm', eps)
 @pytest.mark.parametrize('name', peers)
 def test_as_strong_as_torchattacks(model, right, name, norm):
     ours,theirs = peers[name]
     mine = _stand(model, ours(eps[norm], norm)(model, *right, _seed(0)), right[1])
-    other = _stand(model, theirs(model, eps=eps[norm], norm=dict(linf='Linf', l2='L2')[norm])(*right), right[1])
+    other = _stand(model, theirs(model, eps=eps[norm], norm=their_norms[norm])(*right), right[1])
     assert abs(mine-other)<=2
 
 @pytest.mark.parametrize('norm', eps)
 def test_square_is_no_weaker_than_torchattacks(model, right, norm):
     x,y = (o[:200] for o in right)
     mine = _stand(model, Square(eps[norm], norm=norm, queries=300)(model, x, y, _seed(0)), y)
-    other = _stand(model, torchattacks.Square(model, eps=eps[norm], norm=dict(linf='Linf', l2='L2')[norm], n_queries=300, resc_schedule=False)(x, y), y)
+    theirs = torchattacks.Square(model, eps=eps[norm], norm=their_norms[norm], n_queries=300, resc_schedule=False)
+    other = _stand(model, theirs(x, y), y)
     assert mine<=other+2
 
 def test_autoattack_is_the_published_protocol():
     ce,t,fab,square = AutoAttack(.1).parts
-    assert (ce.loss, ce.steps, ce.targets, ce.restarts)==('ce', 100, 0, 1) and (t.steps, t.targets)==(100, 9) and (fab.steps, fab.targets)==(100, 9) and square.queries==5000
+    assert (ce.loss, ce.steps, ce.targets, ce.restarts)==('ce', 100, 0, 1)
+    assert (t.steps, t.targets)==(100, 9)
+    assert (fab.steps, fab.targets)==(100, 9)
+    assert square.queries==5000
     assert AutoAttack(.1).name=='AutoAttack' and AutoAttack(.1, version='fast').name!='AutoAttack'
     assert all(o.threat==ThreatModel(.3, 'l2') for o in AutoAttack(.3, norm='l2').parts)
 
@@ -77,29 +86,55 @@ def test_budget_on_any_size(norm, size):
     net = nn.Sequential(nn.Flatten(), nn.Linear(2*size*size, 5))
     x = torch.rand(6, 2, size, size)
     y = net(x).argmax(1)
-    for attack in (APGD(.1, norm=norm, steps=5), APGD(.1, norm=norm, steps=5, loss='dlr', targets=9), FAB(.1, norm=norm, steps=5), Square(.1, norm=norm, queries=30), AutoAttack(.1, norm=norm, version='fast')):
+    for attack in (
+            APGD(.1, norm=norm, steps=5),
+            APGD(.1, norm=norm, steps=5, loss='dlr', targets=9),
+            FAB(.1, norm=norm, steps=5),
+            Square(.1, norm=norm, queries=30),
+            AutoAttack(.1, norm=norm, version='fast')):
         attack.threat.check(attack(net, x, y), x)
 
 def test_bf16_finds_as_much(learn):
     a,b = (learn.robustness([APGD(.1, steps=30), Square(.1, queries=200)], bf16=o).robust for o in (False, True))
     assert abs(a-b)<=.01
 
-classes = [o for o in vars(torchattacks).values() if inspect.isclass(o) and issubclass(o, torchattacks.attack.Attack) and o.__module__.startswith('torchattacks.attacks.')]
-few = dict(AutoAttack=dict(), Square=dict(n_queries=20), CW=dict(steps=5), OnePixel=dict(steps=2, popsize=4, inf_batch=10), Pixle=dict(max_iterations=2, restarts=2), SparseFool=dict(steps=2), DeepFool=dict(steps=3), EOTPGD=dict(steps=2))
+def _is_attack(o):
+    "Is `o` a class of torchattacks.attacks?"
+    if not inspect.isclass(o) or not issubclass(o, torchattacks.attack.Attack): return False
+    return o.__module__.startswith('torchattacks.attacks.')
+
+classes = [o for o in vars(torchattacks).values() if _is_attack(o)]
+# arguments that make the slow ones quick
+few = dict(
+    AutoAttack=dict(),
+    Square=dict(n_queries=20),
+    CW=dict(steps=5),
+    OnePixel=dict(steps=2, popsize=4, inf_batch=10),
+    Pixle=dict(max_iterations=2, restarts=2),
+    SparseFool=dict(steps=2),
+    DeepFool=dict(steps=3),
+    EOTPGD=dict(steps=2))
 
 @pytest.mark.parametrize('kind', classes, ids=lambda o: o.__name__)
 def test_any_attack_of_torchattacks(learn, kind):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     net[1].eval()
-    flags,out = [m.training for m in net.modules()],io.StringIO()
+    flags = [m.training for m in net.modules()]
     x,y = torch.rand(3, 3, 16, 16),torch.tensor([1, 2, 3])
     state = torch.get_rng_state()
+    name = kind.__name__
+    norm = 'l2' if name in ('CW', 'PGDL2', 'PGDRSL2', 'DeepFool') else 'linf'
+    out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        attack = TorchAttack(kind, .1, norm='l2' if kind.__name__ in ('CW', 'PGDL2', 'PGDRSL2', 'DeepFool') else 'linf', **few.get(kind.__name__, {}))
+        attack = TorchAttack(kind, .1, norm=norm, **few.get(name, {}))
         x_adv = attack(net, x, y, _seed(0))
         again = attack(net, x, y, _seed(0))
     attack.threat.check(x_adv, x)
-    assert torch.equal(x_adv, again) and [m.training for m in net.modules()]==flags and torch.equal(state, torch.get_rng_state()) and not out.getvalue()
+    assert torch.equal(x_adv, again)
+    assert [m.training for m in net.modules()]==flags
+    assert torch.equal(state, torch.get_rng_state())
+    assert not out.getvalue()
     assert all(p.requires_grad for p in net.parameters())
 
 def test_torchattacks_on_a_normalised_learner():
@@ -107,7 +142,9 @@ def test_torchattacks_on_a_normalised_learner():
     set_seed(0)
     learn = Learner(digits_dls(normalize=(.5,.5)), cnn8(size=8))
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(6, 5e-3)
-    ours,theirs = (learn.robustness(o, n=200).robust for o in (PGD(.1, steps=10, step_size=.02, random_start=False), TorchAttack(torchattacks.PGD, .1, steps=10, alpha=.02, random_start=False)))
+    ours = learn.robustness(PGD(.1, steps=10, step_size=.02, random_start=False), n=200).robust
+    peer = TorchAttack(torchattacks.PGD, .1, steps=10, alpha=.02, random_start=False)
+    theirs = learn.robustness(peer, n=200).robust
     assert abs(ours-theirs)<=.01
 
 class Liar(Attack):
@@ -118,7 +155,8 @@ class LiarTorch(torchattacks.PGD):
 
 def test_an_attack_that_leaves_its_budget(model, right):
     with pytest.raises(ValueError, match='Liar left its budget'): evaluate(model, *right, Liar(.1))
-    with pytest.raises(ValueError, match='LiarTorch left its budget'): evaluate(model, *right, TorchAttack(LiarTorch, .1))
+    with pytest.raises(ValueError, match='LiarTorch left its budget'):
+        evaluate(model, *right, TorchAttack(LiarTorch, .1))
 
 # ---- guards
 
@@ -126,11 +164,14 @@ class Then(nn.Module):
     def __init__(self, f): super().__init__(); self.f = f
     def forward(self, x): return self.f(x)
 
-masks = dict(rounding=(lambda m: nn.Sequential(Then(lambda x: (x*8).round()/8), m), 'zero_gradient'),
-             temperature=(lambda m: nn.Sequential(m, Then(lambda z: z*1000)), 'scaled_margin'),
-             noise=(lambda m: nn.Sequential(Then(lambda x: x+.1*torch.randn_like(x)), m), 'determinism'),
-             int_quantizer=(lambda m: nn.Sequential(*m[:4], Then(lambda h: (h*4).round()/4), *m[4:]), 'zero_gradient'),
-             probabilities=(lambda m: nn.Sequential(m, Then(lambda z: z.softmax(1))), 'probabilities'))
+masks = dict(
+    rounding=(lambda m: nn.Sequential(Then(lambda x: (x*8).round()/8), m), 'zero_gradient'),
+    temperature=(lambda m: nn.Sequential(m, Then(lambda z: z*1000)), 'scaled_margin'),
+    noise=(lambda m: nn.Sequential(Then(lambda x: x+.1*torch.randn_like(x)), m), 'determinism'),
+    int_quantizer=(lambda m: nn.Sequential(*m[:4], Then(lambda h: (h*4).round()/4), *m[4:]), 'zero_gradient'),
+    probabilities=(lambda m: nn.Sequential(m, Then(lambda z: z.softmax(1))), 'probabilities'))
+
+def _flagged(report): return {o.guard for o in report.findings if not o.ok}
 
 @pytest.mark.parametrize('name', masks)
 @pytest.mark.parametrize('attack', [PGD(.1, steps=20), AutoAttack(.1, version='fast')], ids=lambda a: a.name)
@@ -139,35 +180,45 @@ def test_masked_networks_are_caught(model, right, name, attack):
     torch.manual_seed(0)
     report = evaluate(mask(model), *(o[:150] for o in right), attack)
     assert report.verdict=='upper bound: possible gradient masking'
-    flagged = {o.guard for o in report.findings if not o.ok}
+    flagged = _flagged(report)
     assert guard in flagged or (name=='temperature' and 'zero_gradient' in flagged)
 
 def test_an_honest_network_is_trusted(learn):
-    report = learn.robustness([APGD(.05, steps=100), APGD(.05, steps=100, loss='dlr')], thorough=True, parent=learn.model)
+    attacks = [APGD(.05, steps=100), APGD(.05, steps=100, loss='dlr')]
+    report = learn.robustness(attacks, thorough=True, parent=learn.model)
     assert report.verdict=='trusted', report
     assert {'convergence', 'plateau', 'transfer'} <= {o.guard for o in report.findings}
 
-def test_a_weak_attack_is_not_trusted(learn): assert 'scaled_margin' in {o.guard for o in learn.robustness(PGD(.15, steps=1, step_size=.01, random_start=False)).findings if not o.ok}
+def test_a_weak_attack_is_not_trusted(learn):
+    weak = PGD(.15, steps=1, step_size=.01, random_start=False)
+    assert 'scaled_margin' in _flagged(learn.robustness(weak))
 
 def test_transfer_from_the_parent_betrays_a_masked_child(model, right):
     report = evaluate(masks['rounding'][0](model), *right, PGD(.1, steps=20), parent=model)
-    assert 'transfer' in {o.guard for o in report.findings if not o.ok}
+    assert 'transfer' in _flagged(report)
 
-def test_a_twin_that_is_another_network(model, right):
+def test_a_fake_quantized_network_that_is_another(model, right):
     report = evaluate(lambda x: model(x).detach(), *right, PGD(.1, steps=5), fake_quantized=cnn8(size=8))
-    assert 'agreement' in {o.guard for o in report.findings if not o.ok}
+    assert 'agreement' in _flagged(report)
 
 # ---- the report
 
 def test_fields_agree(learn):
     report = learn.robustness([Square(.1, queries=50), PGD(.1, steps=10), FGSM(.1)], n=200)
-    assert [a.name for a in report.attacks]==['FGSM', 'PGD-10', 'Square']                      # in order of cost
-    assert list(report.robust_after.values())==sorted(report.robust_after.values(), reverse=True) and report.robust==list(report.robust_after.values())[-1]
-    images,classes,d = report.images(),report.per_class(),json.loads(report.to_json())
-    assert len(images)==200 and images.clean.mean()==report.clean and images.robust.mean()==report.robust and images['PGD-10'].mean()==report.robust_after['PGD-10']
-    assert (classes.n*classes.robust).sum()==pytest.approx(200*report.robust) and d['robust']==report.robust and len(d['outcomes'])==200 and d['verdict']==report.verdict
+    assert [a.name for a in report.attacks]==['FGSM', 'PGD-10', 'Square']     # in order of cost
+    accuracies = list(report.robust_after.values())
+    assert accuracies==sorted(accuracies, reverse=True) and report.robust==accuracies[-1]
+    images = report.images()
+    assert len(images)==200 and images.clean.mean()==report.clean and images.robust.mean()==report.robust
+    assert images['PGD-10'].mean()==report.robust_after['PGD-10']
+    classes = report.per_class()
+    assert (classes.n*classes.robust).sum()==pytest.approx(200*report.robust)
+    d = json.loads(report.to_json())
+    assert d['robust']==report.robust and len(d['outcomes'])==200 and d['verdict']==report.verdict
     assert report.examples
-    for x,x_adv,y,pred,_ in report.examples: assert y!=pred and (x_adv-x).abs().max()<=.1+1e-6 and learn.model(x_adv[None]).argmax().item()==pred
+    for x,x_adv,y,pred,_ in report.examples:
+        assert y!=pred and (x_adv-x).abs().max()<=.1+1e-6
+        assert learn.model(x_adv[None]).argmax().item()==pred
     assert report.verdict in report._repr_html_() and 'FGSM' in str(report)
 
 def test_seed_fixes_everything(learn):
@@ -182,9 +233,15 @@ def test_nothing_right_nothing_to_attack(model, right):
 
 # ---- what goes wrong
 
-def _bad(model): return dict(
-    tuples=(lambda x: (model(x),), 'not tuple'), classes=(lambda x: model(x)[:,:5], 'knows 5 classes'), batch=(lambda x: model(x)[:-1], 'for 50 images'),
-    nan=(lambda x: model(x)*float('nan'), 'NaN logits'), images=(lambda x: x, 'must return logits'), blind=(lambda x: model(x).detach(), 'gives no gradients'))
+def _bad(model):
+    "Functions that are no classifier of 50 images into 10 classes, and what is said about each"
+    return dict(
+        tuples=(lambda x: (model(x),), 'not tuple'),
+        classes=(lambda x: model(x)[:,:5], 'knows 5 classes'),
+        batch=(lambda x: model(x)[:-1], 'for 50 images'),
+        nan=(lambda x: model(x)*float('nan'), 'NaN logits'),
+        images=(lambda x: x, 'must return logits'),
+        blind=(lambda x: model(x).detach(), 'gives no gradients'))
 
 @pytest.mark.parametrize('name', ['tuples', 'classes', 'batch', 'nan', 'images', 'blind'])
 def test_bad_models(model, right, name):
@@ -192,55 +249,84 @@ def test_bad_models(model, right, name):
     with pytest.raises(ValueError, match=why): evaluate(bad, *(o[:50] for o in right), PGD(.1))
 
 def test_nan_only_on_adversarial_images(model, right):
+    "The images of the digits are whole sixteenths; what is adversarial is not"
     x,y = (o[:50] for o in right)
-    with pytest.raises(ValueError, match='NaN logits'): evaluate(lambda b: model(b)*(float('nan') if (b*16-(b*16).round()).abs().max()>.01 else 1), x, y, PGD(.1))
+    def fragile(b):
+        moved = (b*16-(b*16).round()).abs().max()>.01
+        return model(b)*(float('nan') if moved else 1)
+    with pytest.raises(ValueError, match='NaN logits'): evaluate(fragile, x, y, PGD(.1))
 
 def test_too_few_classes(right):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     x = right[0][:50]
     y = net(x).argmax(1)
-    with pytest.raises(ValueError, match="targeted DLR needs 4 classes or more, the model has 3.*version='fast'"): evaluate(net, x, y, AutoAttack(.01))
+    with pytest.raises(ValueError, match="targeted DLR needs 4 classes or more, the model has 3.*version='fast'"):
+        evaluate(net, x, y, AutoAttack(.01))
     assert evaluate(net, x, y, AutoAttack(.01, version='fast')).clean==1
     pair = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    with pytest.raises(ValueError, match="needs 3 classes or more, the model has 2: use loss='margin'"): evaluate(pair, x, pair(x).argmax(1), APGD(1., loss='dlr'))
+    with pytest.raises(ValueError, match="needs 3 classes or more, the model has 2: use loss='margin'"):
+        evaluate(pair, x, pair(x).argmax(1), APGD(1., loss='dlr'))
 
 def test_bad_arguments(learn, model, right):
-    for make,why in [(lambda: APGD(.1, loss='dl'), "'ce', 'dlr', 'margin'"), (lambda: AutoAttack(.1, version='plus'), "'standard', 'fast'"), (lambda: Square(.1, queries=0), 'queries=0'),
-                     (lambda: TorchAttack(torchattacks.PGD, 8), '8/255'), (lambda: TorchAttack(torchattacks.PGD(model), .1), 'no class'),
-                     (lambda: learn.robustness(PGD(.1), n=10**6), 'there are 500 images'), (lambda: learn.robustness(PGD(.1), n=0), 'n=0'), (lambda: learn.robustness([]), 'attacks is empty'),
-                     (lambda: evaluate(model, right[0], right[1][:3], PGD(.1)), 'every image needs one'), (lambda: evaluate(model, *right, [PGD(.1), torchattacks.FGSM(model)]), r'TorchAttack\(torchattacks.FGSM')]:
+    for make,why in [
+            (lambda: APGD(.1, loss='dl'), "'ce', 'dlr', 'margin'"),
+            (lambda: AutoAttack(.1, version='plus'), "'standard', 'fast'"),
+            (lambda: Square(.1, queries=0), 'queries=0'),
+            (lambda: TorchAttack(torchattacks.PGD, 8), '8/255'),
+            (lambda: TorchAttack(torchattacks.PGD(model), .1), 'no class'),
+            (lambda: learn.robustness(PGD(.1), n=10**6), 'there are 500 images'),
+            (lambda: learn.robustness(PGD(.1), n=0), 'n=0'),
+            (lambda: learn.robustness([]), 'attacks is empty'),
+            (lambda: evaluate(model, right[0], right[1][:3], PGD(.1)), 'every image needs one'),
+            (lambda: evaluate(model, *right, [PGD(.1), torchattacks.FGSM(model)]), r'TorchAttack\(torchattacks.FGSM')]:
         with pytest.raises(ValueError, match=why): make()
+
+def _state(net):
+    "All of a network that an evaluation might change"
+    return ([m.training for m in net.modules()],
+            [(p.requires_grad, p.grad, p.stride(), p.data_ptr(), p.tolist()) for p in net.parameters()],
+            [b.tolist() for b in net.buffers()],
+            [(len(m._forward_hooks), len(m._forward_pre_hooks), 'forward' in vars(m)) for m in net.modules()])
+
+class Impatient(nn.Module):
+    "Interrupted in its twelfth call"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.calls = 0
+    def forward(self, x):
+        self.calls += 1
+        if self.calls==12: raise KeyboardInterrupt
+        return self.net(x)
 
 @pytest.mark.parametrize('bf16', [False, True])
 @pytest.mark.parametrize('attack', [PGD(.1, steps=20), AutoAttack(.1)], ids=lambda a: a.name)
 def test_an_interruption_leaves_the_model_as_it_was(right, bf16, attack):
-    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Dropout(), nn.Flatten(), nn.Linear(128, 10)).train()
-    net[1].eval(); net[0].bias.requires_grad_(False)
-    calls,answers = [0],net.forward
-    state = lambda: ([m.training for m in net.modules()], [(p.requires_grad, p.grad, p.stride(), p.data_ptr(), p.tolist()) for p in net.parameters()], [b.tolist() for b in net.buffers()],
-                     [(len(m._forward_hooks), len(m._forward_pre_hooks), 'forward' in vars(m)) for m in net.modules()])
-    before = state()
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+                        nn.Conv2d(8, 8, 3), nn.Dropout(), nn.Flatten(), nn.Linear(128, 10)).train()
+    net[1].eval()
+    net[0].bias.requires_grad_(False)
+    before = _state(net)
     with evaluating(net), torch.no_grad(): y = net(right[0]).argmax(1)
-    class Impatient(nn.Module):
-        def __init__(self): super().__init__(); self.net = net
-        def forward(self, x):
-            calls[0] += 1
-            if calls[0]==12: raise KeyboardInterrupt
-            return self.net(x)
-    with pytest.raises(KeyboardInterrupt): evaluate(Impatient(), right[0], y, attack, bf16=bf16)
-    assert state()==before and not torch.is_autocast_enabled('cpu')
+    with pytest.raises(KeyboardInterrupt): evaluate(Impatient(net), right[0], y, attack, bf16=bf16)
+    assert _state(net)==before and not torch.is_autocast_enabled('cpu')
 
 def test_functions_that_are_no_modules(model, right):
     "Differentiable or not: what cannot be climbed is searched, and the report says so"
     x,y = (o[:100] for o in right)
-    assert evaluate(lambda x: model(x), x, y, PGD(.1, steps=10)).robust==evaluate(model, x, y, PGD(.1, steps=10), bf16=False).robust
-    report = evaluate(lambda x: torch.from_numpy(model(x).detach().numpy()), x, y, [Square(.1, queries=100), Transfer(PGD(.1, steps=10), model)])
-    assert report.robust<1 and any('black-box attacks and transfer only' in o for o in report.reasons) and not report.curve
+    attack = PGD(.1, steps=10)
+    as_function = evaluate(lambda x: model(x), x, y, attack)
+    assert as_function.robust==evaluate(model, x, y, attack, bf16=False).robust
+    through_numpy = lambda x: torch.from_numpy(model(x).detach().numpy())
+    report = evaluate(through_numpy, x, y, [Square(.1, queries=100), Transfer(attack, model)])
+    assert report.robust<1 and not report.curve
+    assert any('black-box attacks and transfer only' in o for o in report.reasons)
 
 def test_a_compiled_network(model, right):
     x,y = (o[:60] for o in right)
     attack = PGD(.1, steps=5)
-    assert evaluate(torch.compile(model, backend='aot_eager'), x, y, attack).outcomes==evaluate(model, x, y, attack, bf16=False).outcomes
+    compiled = torch.compile(model, backend='aot_eager')
+    assert evaluate(compiled, x, y, attack).outcomes==evaluate(model, x, y, attack, bf16=False).outcomes
 
 def test_blind_and_thorough(model, right):
     "No guard that needs gradients asks a network for them that has none"

@@ -64,12 +64,12 @@ def test_case():
     case = _case(_linear(), 300)
     assert len(case.some()[0])==128 and len(case.some()[1])==128 and len(case.some(5)[0])==5
     assert len(_case(_linear(), 300, thorough=True).some()[0])==300
-    twin = _linear()
-    assert case.climbed is case.model and _case(_blind(), fake_quantized=twin).climbed is twin
-    assert not case.blind and _case(_blind()).blind and not _case(_blind(), fake_quantized=twin).blind
+    fake = _linear()
+    assert case.climbed is case.model and _case(_blind(), fake_quantized=fake).climbed is fake
+    assert not case.blind and _case(_blind()).blind and not _case(_blind(), fake_quantized=fake).blind
     with torch.no_grad(): assert not case.blind
     assert case.white==[PGD(.1)] and _case(_linear(), attacks=(Square(.1),)).white==[]
-    assert _case(_linear(), attacks=(Transfer(PGD(.1), twin),)).white==[PGD(.1)]
+    assert _case(_linear(), attacks=(Transfer(PGD(.1), fake),)).white==[PGD(.1)]
     made = _case(_linear(), attacks=(PGD(.1, norm='l2', clamp=False),)).same(APGD, steps=3)
     assert (type(made), made.eps, made.norm, made.clamp, made.steps)==(APGD, .1, 'l2', False, 3)
     assert _case(_linear(), seed=5).generator().initial_seed()==5 and _case(_linear()).generator().initial_seed()==0
@@ -113,7 +113,8 @@ def test_look():
     [found] = [o for o in inspect(_case(net, clean=.5, robust_after=(.5,))) if o.guard=='metric']
     assert net.training and found.ok and found.value==0==found.limit and str(found).startswith('ok')
     [found] = [o for o in inspect(_case(net, clean=.5, robust_after=(.75,))) if o.guard=='metric']
-    assert not found.ok and found.value==.25 and found.source=='definition of robust accuracy' and str(found).startswith('FLAGGED')
+    assert not found.ok and found.value==.25 and found.source=='definition of robust accuracy'
+    assert str(found).startswith('FLAGGED')
 
 def test_budget():
     assert _value('budget', _case(None, far=.1))==0==_value('budget', _case(None, far=.05))
@@ -190,11 +191,11 @@ def test_rescaled_logits_have_unit_size_and_a_constant_scale():
     for scale in (1e-20, 1., 1e6):
         big = Then(lambda x: net(x)*scale)
         out = _Rescaled(big)(x)
-        torch.testing.assert_close(out, net(x)/net(x).std(1, keepdim=True).clamp_min(1e-12/scale if scale<1e-6 else 0))
+        floor = 1e-12/scale if scale<1e-6 else 0
+        torch.testing.assert_close(out, net(x)/net(x).std(1, keepdim=True).clamp_min(floor))
         grad = torch.autograd.grad(out[:,0].sum(), x)[0]
-        torch.testing.assert_close(grad,
-            torch.autograd.grad((net(x)[:,0]/net(x).detach().std(1).clamp_min(1e-12/scale if scale<1e-6
-            else 0)).sum(), x)[0])
+        rescaled = net(x)[:,0]/net(x).detach().std(1).clamp_min(floor)
+        torch.testing.assert_close(grad, torch.autograd.grad(rescaled.sum(), x)[0])
     assert _Rescaled(Then(lambda x: torch.zeros(2, 3)))(x).tolist()==[[0]*3]*2
 
 def test_black_box():
@@ -204,7 +205,8 @@ def test_black_box():
     assert _value('black_box', _case(net, **two))==pytest.approx(.3)
     # unless all is wanted: then it is run on what stands
     assert _value('black_box', _case(net, thorough=True, **two))==pytest.approx(.6)
-    assert _value('black_box', _case(net, attacks=(Square(.1, queries=5), PGD(.1)), robust_after=(.9, .6)))==pytest.approx(.6)
+    first = dict(attacks=(Square(.1, queries=5), PGD(.1)), robust_after=(.9, .6))
+    assert _value('black_box', _case(net, **first))==pytest.approx(.6)
     assert _value('black_box', _case(net, gap=.2))==0
     assert _measure('black_box', _case(net, attacks=(Square(.1),))) is None
     for thorough,queries in (False, 100), (True, 2000):
@@ -227,7 +229,8 @@ def test_convergence():
     assert _value('convergence', _case(net, attacks=(FGSM(.1),)))==1
     assert _value('convergence', _case(net, attacks=(FGSM(.1),), gap=.2))==0
     assert _measure('convergence', _case(net, attacks=(Square(.1),))) is None
-    assert _measure('convergence', _case(_blind())) is None and _measure('convergence', _case(net, fake_quantized=net)) is None
+    assert _measure('convergence', _case(_blind())) is None
+    assert _measure('convergence', _case(net, fake_quantized=net)) is None
 
 def test_plateau():
     net = _linear()
@@ -254,8 +257,8 @@ def test_transfer():
 
 def test_agreement():
     net = _linear()
-    twin = Then(lambda x: torch.where((x[:,0,0,0]>.6)[:,None], -net(x), net(x)))
-    case = _case(net, 600, fake_quantized=twin)
+    fake = Then(lambda x: torch.where((x[:,0,0,0]>.6)[:,None], -net(x), net(x)))
+    case = _case(net, 600, fake_quantized=fake)
     case.x[:150,:,:1,:1] = .7
     assert _value('agreement', case)==.25 and _value('agreement', _case(net, fake_quantized=_linear()))==0
     assert _measure('agreement', _case(net)) is None

@@ -1,4 +1,7 @@
-"The callbacks among what a Learner may be made of: normalised batches, bfloat16, compiled, frozen, dropped out, distributed"
+"""The callbacks among what a Learner may be made of
+
+Normalised batches, bfloat16, compiled, frozen, dropped out, distributed.
+"""
 import copy, warnings
 import pytest, torch, torch.distributed as dist
 from torch import nn, Tensor
@@ -6,7 +9,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from fastai.vision.all import BnFreeze, Callback, CancelFitException, CastToTensor, Learner, SGD, TensorImage, accuracy, set_seed
+from fastai.vision.all import (
+    BnFreeze, Callback, CancelFitException, CastToTensor, Learner, SGD, TensorImage, accuracy, set_seed)
 from adverfine.threat import pixel_space, PixelModel
 from adverfine.networks.zoo import cnn8
 from adverfine.networks.modes import bare
@@ -26,7 +30,8 @@ attack = PGD(.1, steps=3)
 
 def _learner(path, net=None, data={}, **kw):
     set_seed(0)
-    return Learner(digits_dls(n_train=256, **data), net() if net else cnn8(size=8), path=path, **{'metrics': [accuracy, RobustAccuracy(attack)], **kw})
+    kw = {'metrics': [accuracy, RobustAccuracy(attack)], **kw}
+    return Learner(digits_dls(n_train=256, **data), net() if net else cnn8(size=8), path=path, **kw)
 
 def _fit(learn, n=1, lr=2e-3, cbs=(), train=attack):
     set_seed(1)
@@ -38,12 +43,14 @@ def _same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k
 
 def _bn_net():
     return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
-def _dropout_net(): return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Dropout(.5), nn.Flatten(), nn.Linear(128, 10))
+def _dropout_net():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Dropout(.5), nn.Flatten(), nn.Linear(128, 10))
 
 class Calls(Callback):
     "Notes at each call of `module` whether it trained, and the type of what came out"
     def __init__(self, module): self.module,self.seen = module,[]
-    def before_fit(self): self.hook = self.module.register_forward_hook(lambda m, x, out: self.seen.append((m.training, out.dtype)))
+    def note(self, module, x, out): self.seen.append((module.training, out.dtype))
+    def before_fit(self): self.hook = self.module.register_forward_hook(self.note)
     def after_fit(self): self.hook.remove()
 
 class At(Callback):
@@ -58,7 +65,10 @@ class Sabotage(Callback):
     def __init__(self, *epochs): self.epochs = epochs
     def before_validate(self):
         if self.epoch in self.epochs:
-            with torch.no_grad(): bare(self.model)[-1].weight.neg_(); bare(self.model)[-1].bias.neg_()
+            head = bare(self.model)[-1]
+            with torch.no_grad():
+                head.weight.neg_()
+                head.bias.neg_()
 
 # --- what a Learner is made of
 
@@ -76,7 +86,7 @@ def test_normalised_batches(tmp_path):
     assert abs(outside.final_record[2]-inside.final_record[2]) < .05
 
 def test_tensor_image_batches(tmp_path):
-    "Batches that stay a `TensorImage` in the Learner train and measure as plain ones do; what is adversarial is a plain tensor"
+    "A `TensorImage` in the Learner trains and measures as a plain tensor does; what is adversarial is a plain tensor"
     learns = [_learner(tmp_path) for _ in range(2)]
     learns[1].remove_cbs(CastToTensor)
     types = [[], []]
@@ -94,7 +104,8 @@ def test_tensor_image_batches(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
 def test_cuda(tmp_path):
-    learn = _learner(tmp_path, data=dict(normalize=(.5,.5), device=torch.device('cuda')), metrics=RobustAccuracy(attack, n=20))
+    data = dict(normalize=(.5,.5), device=torch.device('cuda'))
+    learn = _learner(tmp_path, data=data, metrics=RobustAccuracy(attack, n=20))
     keep = KeepMostRobust()
     _fit(learn, 3, cbs=[keep, StopOnCatastrophe(), Sabotage(2)])
     assert {p.device.type for p in learn.model.parameters()}=={'cuda'} and keep.gap>0
@@ -105,16 +116,19 @@ def test_bf16(tmp_path):
     "All calls are in bfloat16, those of the crafting too; weights, kept weights and the session are not"
     learn = _learner(tmp_path)
     calls,keep = Calls(learn.model[0]),KeepMostRobust()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 2e-3, cbs=[AdversarialTraining(attack), calls, BF16(), keep, StopOnCatastrophe()])
+    cbs = [AdversarialTraining(attack), calls, BF16(), keep, StopOnCatastrophe()]
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 2e-3, cbs=cbs)
     assert {o for _,o in calls.seen}=={torch.bfloat16} and {t for t,_ in calls.seen}=={True, False}
-    assert {v.dtype for v in load_file(tmp_path/'models'/'best_robust.safetensors').values()}=={torch.float32}=={p.dtype for p in learn.model.parameters()}
+    best = load_file(tmp_path/'models'/'best_robust.safetensors')
+    assert {v.dtype for v in best.values()}=={torch.float32}=={p.dtype for p in learn.model.parameters()}
     assert not torch.is_autocast_enabled('cpu') and not learn.model._forward_hooks
 
 def test_compiled(tmp_path):
     "A compiled network: the same images, the same training, and weights that the network itself can read"
     plain,compiled = _learner(tmp_path/'a', net=_bn_net),_learner(tmp_path/'b', net=_bn_net)
     compiled.model = torch.compile(compiled.model, backend='aot_eager')
-    compiled.model.train(); bare(compiled.model)[1].eval()
+    compiled.model.train()
+    bare(compiled.model)[1].eval()
     x,y = plain.dls.valid.one_batch()
     a,b = (attack(o.model, x, y, torch.Generator().manual_seed(0)) for o in (plain, compiled))
     assert (a-b).abs().max() < 1e-5
@@ -134,7 +148,8 @@ def test_frozen_batchnorm(tmp_path):
     calls = Calls(bn)
     before = {k: v.clone() for k,v in bn.state_dict().items()}
     _fit(learn, cbs=[calls, StopOnCatastrophe()])
-    assert not any(t for t,_ in calls.seen) and _same(before, bn.state_dict()) and not any(p.requires_grad for p in bn.parameters())
+    assert not any(t for t,_ in calls.seen) and _same(before, bn.state_dict())
+    assert not any(p.requires_grad for p in bn.parameters())
 
     learn = _learner(tmp_path, net=_bn_net)
     calls = Calls(learn.model[1])
@@ -156,6 +171,11 @@ def test_dropout(tmp_path):
 
 # --- DDP
 
+def _is_kept(grad, before):
+    "`before` is what `grad` was, False where there was none"
+    if before is False: return grad is None
+    return torch.equal(grad, before)
+
 def _rank(rank, path):
     both = lambda o: gathered(torch.as_tensor(o, dtype=torch.float32))
     set_seed(0)
@@ -176,26 +196,32 @@ def _rank(rank, path):
         torch.testing.assert_close(ours, mean, rtol=1e-3, atol=1e-5)
 
     for turn in range(3):
-        done,grads = len(reduced),[p.grad is not None and p.grad.clone() for p in net.parameters()]
-        if turn%2==rank: attack(ddp, x, y)        # crafting is nobody else's business: the other process does not even take part
-        assert len(reduced)==done and all(p.grad is g or torch.equal(p.grad, g) if torch.is_tensor(g) else p.grad is None for p,g in zip(net.parameters(), grads))
-        assert ddp.training and 'forward' not in vars(ddp) and ddp.require_backward_grad_sync and ddp.require_forward_param_sync
+        done = len(reduced)
+        grads = [p.grad is not None and p.grad.clone() for p in net.parameters()]
+        if turn%2==rank: attack(ddp, x, y)        # the other process does not take part in the crafting
+        assert len(reduced)==done
+        assert all(_is_kept(p.grad, g) for p,g in zip(net.parameters(), grads))
+        assert ddp.training and 'forward' not in vars(ddp)
+        assert ddp.require_backward_grad_sync and ddp.require_forward_param_sync
         step()
         assert len(reduced)>done
 
     set_seed(rank)                                # other random starts in each process, as they would be
     dls = digits_dls(n_train=256, seed=rank)      # and other images
     learn = Learner(dls, ddp, path=path, metrics=RobustAccuracy(attack, n=20))
-    keep,done = KeepMostRobust(),len(reduced)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 2e-3, cbs=[AdversarialTraining(attack), keep, StopOnCatastrophe(threshold=1), Sabotage(2)])
+    keep = KeepMostRobust()
+    cbs = [AdversarialTraining(attack), keep, StopOnCatastrophe(threshold=1), Sabotage(2)]
+    done = len(reduced)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 2e-3, cbs=cbs)
     assert len(reduced)-done==3*len(dls.train)
     a,b = both(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert torch.equal(a, b)                      # one network, also after the best weights came back
     a,b = both([*(o[2] for o in learn.recorder.values), keep.best, keep.epoch_of_best])
     assert torch.equal(a, b) and keep.gap>0       # and one opinion of which weights those were
-    learn.metrics = RobustAccuracy(PGD(.1, steps=3, random_start=False))
+    still = PGD(.1, steps=3, random_start=False)
+    learn.metrics = RobustAccuracy(still)
     with learn.no_bar(): share = learn.validate()[1]
-    mine = evaluate(net, *pixels(dls.valid), PGD(.1, steps=3, random_start=False), bf16=False, progress=False).robust
+    mine = evaluate(net, *pixels(dls.valid), still, bf16=False, progress=False).robust
     assert abs(share-torch.stack(both(mine)).mean().item()) < 1e-6
 
 @pytest.mark.skipif(not dist.is_available(), reason='torch without distributed')
@@ -205,7 +231,8 @@ def test_ddp(tmp_path): two_processes(_rank, tmp_path)
 
 def test_sample_is_fixed_and_free(tmp_path):
     "The same images in each validation, others with another seed; the training does not notice"
-    learns = {k: _learner(tmp_path, metrics=m) for k,m in dict(none=[], all=RobustAccuracy(attack), n=RobustAccuracy(attack, n=10)).items()}
+    metrics = dict(none=[], all=RobustAccuracy(attack), n=RobustAccuracy(attack, n=10))
+    learns = {k: _learner(tmp_path, metrics=m) for k,m in metrics.items()}
     states = [_state(_fit(learn, 2)) for learn in learns.values()]
     assert all(_same(states[0], o) for o in states)
     learn = learns['n']
@@ -229,7 +256,8 @@ def test_sample_over_several_batches(tmp_path):
             learn.metrics = metric
             with learn.no_bar(): figures.append(learn.validate(dl=learn.dls.valid.new(bs=bs))[1])
         some = metric.drawn if n else slice(None)
-        assert figures[0]==figures[1]==pytest.approx(evaluate(learn.model, x[some], y[some], still, progress=False).robust)
+        report = evaluate(learn.model, x[some], y[some], still, progress=False)
+        assert figures[0]==figures[1]==pytest.approx(report.robust)
 
 def test_sample_must_be_there(tmp_path):
     with pytest.raises(ValueError, match='n=0'): RobustAccuracy(attack, n=0)
@@ -241,14 +269,16 @@ def test_sample_must_be_there(tmp_path):
 
 @pytest.mark.parametrize('end', ['fit', 'cancel', 'error'])
 def test_best_comes_back(tmp_path, end):
-    "Best weights at the end of a fit, also of a cancelled one; an error leaves the network as it was, and the file whole"
-    learn,states = _learner(tmp_path, net=_bn_net),[]
+    "Best weights at the end of a fit, also of a cancelled one; an error leaves the network as it was, the file whole"
+    learn = _learner(tmp_path, net=_bn_net)
     learn.quantize(4)
     keep = KeepMostRobust('the_best')
     def finish(learn):
         if end=='cancel': raise CancelFitException()
         if end=='error': raise KeyError('trouble')
-    fit = lambda: _fit(learn, 4, 5e-3, cbs=[keep, Sabotage(2), *(At(i, lambda o: states.append(_state(o))) for i in range(4)), At(2, finish)])
+    states = []
+    notes = [At(i, lambda o: states.append(_state(o))) for i in range(4)]
+    fit = lambda: _fit(learn, 4, 5e-3, cbs=[keep, Sabotage(2), *notes, At(2, finish)])
     if end=='error':
         with pytest.raises(KeyError, match='trouble'): fit()
     else: fit()
@@ -258,7 +288,8 @@ def test_best_comes_back(tmp_path, end):
     assert _same(_state(learn), states[-1] if end=='error' else states[keep.epoch_of_best])
     if end!='error':
         with learn.no_bar(): assert learn.validate()[2]==keep.best
-    with safe_open(tmp_path/'models/the_best.safetensors', 'pt') as f: assert f.metadata()==dict(epoch=str(keep.epoch_of_best), robust_accuracy=str(keep.best))
+    with safe_open(tmp_path/'models/the_best.safetensors', 'pt') as f: metadata = f.metadata()
+    assert metadata==dict(epoch=str(keep.epoch_of_best), robust_accuracy=str(keep.best))
     assert [o.name for o in (tmp_path/'models').iterdir()]==['the_best.safetensors']
     assert keep not in learn.cbs
 
@@ -273,7 +304,7 @@ def test_best_after_pruning(tmp_path):
     assert _same(_state(learn), load_file(tmp_path/'models/best_robust.safetensors'))
 
 def test_only_trained_epochs_count(tmp_path):
-    "Callbacks that stay on the Learner: `validate`, `lr_find`, `get_preds` and skipped epochs are nobody's best, and no catastrophe"
+    "With callbacks on the Learner, `validate`, `lr_find`, `get_preds` and skipped epochs are no best, no catastrophe"
     keep,guard = KeepMostRobust(),StopOnCatastrophe(attack)
     learn = _learner(tmp_path, cbs=[keep, guard])
     with learn.no_bar(), warnings.catch_warnings():
@@ -282,7 +313,10 @@ def test_only_trained_epochs_count(tmp_path):
         _fit(learn, 2)
         best,epoch = keep.best,keep.epoch_of_best
         with torch.no_grad(): learn.model[-1].weight.neg_()
-        learn.validate(); learn.validate(ds_idx=0); learn.get_preds(); learn.lr_find(show_plot=False, num_it=3)
+        learn.validate()
+        learn.validate(ds_idx=0)
+        learn.get_preds()
+        learn.lr_find(show_plot=False, num_it=3)
         assert (keep.best, keep.epoch_of_best)==(best, epoch)
         with learn.no_logging(): learn.fit(3, 1e-3, start_epoch=2)
     assert keep.epoch_of_best==2
@@ -295,7 +329,8 @@ def test_tied_weights(tmp_path):
             self.b.weight = self.a.weight
         def forward(self, x): return self.head(self.b(self.a(x.flatten(1)).relu()).relu())
     learn = _fit(_learner(tmp_path, net=Tied), 2, cbs=[KeepMostRobust()])
-    assert learn.model.a.weight is learn.model.b.weight and _same(_state(learn), load_file(tmp_path/'models/best_robust.safetensors'))
+    assert learn.model.a.weight is learn.model.b.weight
+    assert _same(_state(learn), load_file(tmp_path/'models/best_robust.safetensors'))
 
 # --- StopOnCatastrophe
 
@@ -309,7 +344,8 @@ def test_guard_goes_back_one_epoch(tmp_path):
 
 def test_guard_may_only_warn(tmp_path):
     learn = _learner(tmp_path)
-    with pytest.warns(UserWarning, match='in epoch 4') as caught: _fit(learn, 6, cbs=[StopOnCatastrophe(stop=False), Sabotage(4)])
+    with pytest.warns(UserWarning, match='in epoch 4') as caught:
+        _fit(learn, 6, cbs=[StopOnCatastrophe(stop=False), Sabotage(4)])
     assert len(learn.recorder.values)==6 and len(caught)==1
 
 def test_guard_takes_the_threat_of_the_training(tmp_path):
@@ -322,10 +358,12 @@ def test_guard_takes_the_threat_of_the_training(tmp_path):
     assert other.metric.attack==PGD(.05)
 
 def test_a_cut_is_no_catastrophe(tmp_path):
-    guard,shares = StopOnCatastrophe(threshold=.05),[]
+    guard = StopOnCatastrophe(threshold=.05)
+    shares = []
+    notes = [At(i, lambda o: shares.append(guard.last)) for i in range(5)]
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        _fit(_learner(tmp_path), 5, 5e-3, cbs=[StructuredPruning(.5), guard, Sabotage(4), *(At(i, lambda o: shares.append(guard.last)) for i in range(5))])
+        _fit(_learner(tmp_path), 5, 5e-3, cbs=[StructuredPruning(.5), guard, Sabotage(4), *notes])
     assert len(shares)==5 and shares[3]-shares[4]>.05
 
 def test_guards_do_not_disturb(tmp_path):

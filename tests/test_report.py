@@ -129,7 +129,7 @@ def test_curve():
     assert curve(many, labels, .1)[0.]==.5 and curve(many, labels, .1)[.1]==.5
     assert curve(toy_x[6:7], toy_y[6:7], .1)=={}      # nothing right, nothing to draw
 
-def test_deployed_network_and_its_twin():
+def test_deployed_network_and_its_fake_quantized_one():
     net = _toy()
     blind = lambda x: net(x).detach()
     report = evaluate(blind, toy_x, toy_y, [first, second], fake_quantized=net, progress=False)
@@ -138,7 +138,7 @@ def test_deployed_network_and_its_twin():
     assert 'agreement' in {o.guard for o in report.findings}
     square = evaluate(blind, toy_x, toy_y, Square(.1, queries=30), progress=False)
     assert square.curve=={} and any('black-box' in o for o in square.reasons)
-    backwards = _toy(-1.)                              # what is asked about is the network, not its twin
+    backwards = _toy(-1.)                              # the network is asked about, not its fake-quantized one
     report = evaluate(blind, toy_x, toy_y, second, fake_quantized=backwards, progress=False)
     assert report.clean==12/14 and report.robust==12/14
 
@@ -150,11 +150,11 @@ class Compiled(nn.Module):
 def test_bfloat16_is_for_modules_that_are_neither_quantized_nor_compiled(monkeypatch):
     import adverfine.evaluation.robustness
     monkeypatch.setattr(adverfine.evaluation.robustness, 'bf16_is_fast', lambda: True)
-    net,twin = _toy(),_toy()
-    quantize(twin, 16, [toy_x])
+    net,fake_quantized = _toy(),_toy()
+    quantize(fake_quantized, 16, [toy_x])
     said = lambda m, **kw: evaluate(m, toy_x, toy_y, FGSM(.1), progress=False, **kw).bf16
-    assert said(net) and not said(net, bf16=False) and not said(twin) and not said(lambda x: net(x))
-    assert not said(Compiled(net))
+    assert said(net) and not said(net, bf16=False)
+    assert not said(fake_quantized) and not said(lambda x: net(x)) and not said(Compiled(net))
     monkeypatch.setattr(adverfine.evaluation.robustness, 'bf16_is_fast', lambda: False)
     assert not said(net) and said(net, bf16=True)
 

@@ -3,7 +3,6 @@ import math, os
 import pytest, torch, torch.distributed as dist
 from torch import nn, Tensor
 from fastai.callback.core import Callback
-from fastai.distributed import *
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
@@ -27,7 +26,7 @@ from adverfine.training.averaging import WeightAverage
 from adverfine.training.perturbation import AWP
 from adverfine.training.warmup import EpsilonWarmup
 import adverfine.compression.pruning, adverfine.compression.quantization  # noqa: F401 verbs of a Learner
-import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
+import fastai.callback.progress, fastai.callback.schedule, fastai.distributed  # noqa: F401 verbs of a Learner
 from processes import gathered, two_processes
 
 def _fit(learn, epochs=1, lr=1e-3, cbs=None):
@@ -36,7 +35,8 @@ def _fit(learn, epochs=1, lr=1e-3, cbs=None):
 
 def _weights(learn): return torch.cat([p.detach().flatten() for p in bare(learn.model).parameters()])
 
-def _bn_net(): return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+def _bn_net():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
 
 # --- several processes
 
@@ -44,7 +44,9 @@ deterministic = PGD(.1, steps=3, random_start=False)
 
 def _train(bs, objective, **kwargs):
     set_seed(0)
-    learn = Learner(digits_dls(bs=bs, n_train=142, normalize=(.5,.5)), cnn8(size=8), opt_func=SGD, metrics=[accuracy, RobustAccuracy(deterministic)], **kwargs)
+    dls = digits_dls(bs=bs, n_train=142, normalize=(.5,.5))
+    metrics = [accuracy, RobustAccuracy(deterministic)]
+    learn = Learner(dls, cnn8(size=8), opt_func=SGD, metrics=metrics, **kwargs)
     assert len(learn.dls.train.dataset)==128
     return learn, [AdversarialTraining(deterministic, objective() if objective else None)]
 
@@ -81,11 +83,16 @@ class Trouble(Callback):
     def before_batch(self):
         if self.training and self.iter==1: raise RuntimeError('trouble')
 
-def _learner(net=None, **kwargs): 
+def _learner(net=None, **kwargs):
     set_seed(0)
     return Learner(digits_dls(n_train=300), (net or (lambda: cnn8(size=8)))(), metrics=accuracy, **kwargs)
 
-@pytest.mark.parametrize('make', [AWP, lambda: EpsilonWarmup(1), BF16, lambda: Compile(backend='aot_eager'), WeightAverage])
+@pytest.mark.parametrize('make', [
+    AWP,
+    lambda: EpsilonWarmup(1),
+    BF16,
+    lambda: Compile(backend='aot_eager'),
+    WeightAverage])
 def test_a_failed_fit_leaves_nothing(make):
     learn,adversarial = _learner(),AdversarialTraining(PGD(.1, steps=2))
     awp_seen = []
@@ -93,7 +100,8 @@ def test_a_failed_fit_leaves_nothing(make):
         order = 70
         def after_batch(self):
             if self.training: awp_seen.append(_weights(learn).clone())
-    with pytest.raises(RuntimeError, match='trouble'): _fit(learn, cbs=[adversarial, make(), AfterFirst(), Trouble()])
+    with pytest.raises(RuntimeError, match='trouble'):
+        _fit(learn, cbs=[adversarial, make(), AfterFirst(), Trouble()])
     assert torch.equal(_weights(learn), awp_seen[0])            # of the batch in which trouble came, nothing is left
     assert adversarial.attack==PGD(.1, steps=2)
     x = learn.dls.valid.one_batch()[0].as_subclass(Tensor)
@@ -108,7 +116,8 @@ def test_a_failed_fit_leaves_nothing(make):
 def test_awp_takes_the_gradient_where_it_says():
     "One step of SGD by hand, at weights moved by gamma times their norm along the gradient"
     attack,gamma,lr = PGD(.1, steps=2, random_start=False),.02,.1
-    learn = Learner(digits_dls(bs=64, n_train=71, valid_pct=.1), cnn8(size=8), opt_func=SGD, loss_func=nn.CrossEntropyLoss())
+    dls = digits_dls(bs=64, n_train=71, valid_pct=.1)
+    learn = Learner(dls, cnn8(size=8), opt_func=SGD, loss_func=nn.CrossEntropyLoss())
     start = [p.detach().clone() for p in learn.model.parameters()]
     class Keep(Callback):
         order = 24
@@ -125,7 +134,8 @@ def test_awp_takes_the_gradient_where_it_says():
         for p,g in zip(weights, uphill):
             if p.dim()>1: p += gamma*p.norm()*g/g.norm()
     moved = grad()
-    for p,s,g in zip(learn.model.parameters(), start, moved): torch.testing.assert_close(p.detach(), s-lr*g, rtol=1e-4, atol=1e-6)
+    for p,s,g in zip(learn.model.parameters(), start, moved):
+        torch.testing.assert_close(p.detach(), s-lr*g, rtol=1e-4, atol=1e-6)
 
 def test_awp_hides_its_extra_pass_from_batchnorm():
     learns = [_learner(_bn_net, opt_func=SGD) for _ in range(2)]
@@ -176,7 +186,8 @@ def test_batchnorm_is_estimated_on_adversarial_batches():
     _fit(learn, 2, cbs=[AdversarialTraining(PGD(.1, steps=2)), WeightAverage(batches=3), keep])
     conv,bn = learn.model[0],learn.model[1]
     with torch.no_grad(): outs = [conv(x) for x in keep.seen[-3:]]
-    torch.testing.assert_close(bn.running_mean, torch.stack([o.mean((0,2,3)) for o in outs]).mean(0), rtol=1e-3, atol=1e-4)
+    mean = torch.stack([o.mean((0,2,3)) for o in outs]).mean(0)
+    torch.testing.assert_close(bn.running_mean, mean, rtol=1e-3, atol=1e-4)
     assert bn.momentum==.1
 
 def test_average_begins_afresh_when_shapes_change():
@@ -215,11 +226,14 @@ def test_warmup_of_attacks_with_arguments_of_their_own(make):
     n = len(budgets)
     assert budgets[0]==0 and budgets[-1]==.1 and seen[-1]==attack
     assert all(abs(b-.1*min(1, 2*k/n))<1e-6 for k,b in enumerate(budgets))
-    assert all(type(a) is type(attack) and getattr(a, 'surrogate', None) is getattr(attack, 'surrogate', None) for a in seen)
+    surrogate = getattr(attack, 'surrogate', None)
+    assert all(type(a) is type(attack) and getattr(a, 'surrogate', None) is surrogate for a in seen)
     step = lambda a: a.attack.step_size if isinstance(a, Transfer) else dict(a.kwargs)['alpha']
     assert all(abs(step(a)-.4*a.eps)<1e-9 for a in seen if a.eps)
     x,y = torch.rand(4, 1, 8, 8),torch.arange(4)
-    for share in (0, .5, 1): assert (attack.scaled(share)(learn.model.eval(), x, y)-x).abs().max()<=.1*share+1e-6
+    for share in (0, .5, 1):
+        x_adv = attack.scaled(share)(learn.model.eval(), x, y)
+        assert (x_adv-x).abs().max()<=.1*share+1e-6
     with pytest.raises(ValueError, match='share=2'): attack.scaled(2)
 
 def test_replace_makes_another_attack():
@@ -231,10 +245,13 @@ def test_replace_makes_another_attack():
 
 @pytest.mark.parametrize('objective', [lambda: TRADES(6), lambda: RSLAD(cnn8(size=8).eval())])
 def test_objectives_on_probabilities_take_transferred_pgd(objective):
-    before = _weights(learn := _learner())
+    learn = _learner()
+    before = _weights(learn)
     _fit(learn, cbs=AdversarialTraining(_transferred(), objective()))
     assert not torch.equal(before, _weights(learn))
-    with pytest.raises(ValueError, match='does not take'): _fit(learn, cbs=AdversarialTraining(Transfer(_theirs(), learn.model), objective()))
+    transferred = Transfer(_theirs(), learn.model)
+    with pytest.raises(ValueError, match='does not take'):
+        _fit(learn, cbs=AdversarialTraining(transferred, objective()))
 
 def test_free_replays_and_keeps_the_budget():
     learn,far = _learner(),[]
@@ -257,7 +274,12 @@ def test_float16_gradients_are_scaled():
         def forward(self, x):
             x = x.half().flatten(1)
             return ((torch.stack([x.mean(1), -x.mean(1)], 1)*self.down)*self.up)
-    exact = lambda up, down: torch.autograd.grad(nn.functional.cross_entropy(torch.stack([z.flatten(1).mean(1), -z.flatten(1).mean(1)], 1)*up*down, y, reduction='sum'), z)[0] if (z := x.clone().requires_grad_()) is not None else None
+    def exact(up, down):
+        "The gradient in float32"
+        z = x.clone().requires_grad_()
+        mean = z.flatten(1).mean(1)
+        logits = torch.stack([mean, -mean], 1)*up*down
+        return torch.autograd.grad(nn.functional.cross_entropy(logits, y, reduction='sum'), z)[0]
     for up,down in (3e4, 3e-5), (1., 1.), (1., 2e-3):
         got = input_grad(Half(up, down), x, y)
         assert torch.isfinite(got).all() and (got.sign()==exact(up, down).sign()).all()
@@ -266,7 +288,8 @@ def test_float16_gradients_are_scaled():
 
 def test_a_loss_that_is_no_number_stops_the_fit():
     learn = _learner(loss_func=lambda p,y: nn.functional.cross_entropy(p, y)*float('inf'))
-    with pytest.raises(FloatingPointError, match='epoch 0, batch 0: lower the learning rate'): _fit(learn, cbs=AdversarialTraining(PGD(.1, steps=1)))
+    with pytest.raises(FloatingPointError, match='epoch 0, batch 0: lower the learning rate'):
+        _fit(learn, cbs=AdversarialTraining(PGD(.1, steps=1)))
 
 def test_lr_find_survives_divergence():
     learn = _learner(cbs=AdversarialTraining(PGD(.1, steps=1)))
@@ -276,10 +299,12 @@ def test_lr_find_survives_divergence():
 
 @pytest.mark.parametrize('objective', [Madry(), TRADES(2), MART(2)])
 def test_objectives_compose(objective):
-    "With BF16, gradient accumulation, AWP, averaging and warm-up; a pruned and quantized network that follows its parent likewise"
+    "With BF16, gradient accumulation, AWP, averaging and warm-up; likewise a compressed network with its parent"
     from fastai.callback.training import GradientAccumulation, GradientClip
     learn = _learner(_bn_net)
-    cbs = lambda o: [AdversarialTraining(PGD(.1, steps=2), o), BF16(), GradientAccumulation(128), GradientClip(), AWP(), EpsilonWarmup(.5), WeightAverage()]
+    def cbs(objective):
+        return [AdversarialTraining(PGD(.1, steps=2), objective), BF16(), GradientAccumulation(128), GradientClip(),
+                AWP(), EpsilonWarmup(.5), WeightAverage()]
     _fit(learn, 2, cbs=cbs(objective))
     assert all(map(math.isfinite, learn.final_record))
     teacher = learn.frozen_copy()
@@ -310,20 +335,28 @@ def test_bf16_copy_does_not_borrow_the_original():
     assert torch.equal(copied(x), before) and not in_bf16(copied) and 'forward' not in vars(copied)
 
 @pytest.mark.parametrize('bad,why', [
-    (lambda: WeightAverage(1.), 'decay=1.0 must lie'), (lambda: WeightAverage(start=2), 'start=2 must lie'),
-    (lambda: AWP(0), 'gamma=0 must be'), (lambda: EpsilonWarmup(0), 'pct=0 must lie'),
-    (lambda: MART(-1), 'lam=-1 must be'), (lambda: FGSMRS(.1, step_size=0), 'step_size=0 must be')])
+    (lambda: WeightAverage(1.), 'decay=1.0 must lie'),
+    (lambda: WeightAverage(start=2), 'start=2 must lie'),
+    (lambda: AWP(0), 'gamma=0 must be'),
+    (lambda: EpsilonWarmup(0), 'pct=0 must lie'),
+    (lambda: MART(-1), 'lam=-1 must be'),
+    (lambda: FGSMRS(.1, step_size=0), 'step_size=0 must be')])
 def test_bad_arguments(bad, why):
     with pytest.raises(ValueError, match=why): bad()
 
 # --- the network to craft on
 
 class Odd(nn.Module):
-    "Shared ReLU, functional ReLU and dropout, groups, dilation, a convolution that two others use, BatchNorm without affine"
+    "Shared and functional ReLU, dropout, groups, dilation, a convolution that two others use, BatchNorm without affine"
     def __init__(self):
         super().__init__()
-        self.a,self.b,self.c = nn.Conv2d(1, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4, bias=False),nn.Conv2d(8, 8, (3,1), stride=(2,1))
-        self.norm,self.plain,self.relu,self.head = nn.BatchNorm2d(8, affine=False),nn.BatchNorm2d(8, track_running_stats=False),nn.ReLU(),nn.Linear(8, 10)
+        self.a = nn.Conv2d(1, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4, bias=False)
+        self.c = nn.Conv2d(8, 8, (3,1), stride=(2,1))
+        self.norm = nn.BatchNorm2d(8, affine=False)
+        self.plain = nn.BatchNorm2d(8, track_running_stats=False)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(8, 10)
     def forward(self, x):
         x = nn.functional.relu(self.a(x))
         x = self.relu(self.norm(self.b(x)) + x)
@@ -344,7 +377,8 @@ def test_crafting_network_of_an_odd_one():
     assert len(fast.fused)==3 and [m.training for m in net.modules()]==flags
     torch.testing.assert_close(_gradient(fast, x), _gradient(net, x), rtol=1e-4, atol=1e-6)
     with torch.no_grad(): net.a.weight.mul_(2)
-    torch.testing.assert_close(_gradient(fast.prepare(), x), _gradient(net, x), rtol=1e-4, atol=1e-6)     # weights are shared
+    # weights are shared
+    torch.testing.assert_close(_gradient(fast.prepare(), x), _gradient(net, x), rtol=1e-4, atol=1e-6)
     assert not any(p.grad is not None for p in net.parameters())
 
 def test_crafting_network_in_bfloat16_is_no_worse_than_bfloat16_is():
@@ -367,10 +401,13 @@ def test_crafting_network_stands_back():
     class Choosy(nn.Module):
         def __init__(self): super().__init__(); self.conv = nn.Conv2d(1, 8, 3)
         def forward(self, x): return (self.conv(x) if x.mean()>0 else x).mean((2,3))
-    with pytest.warns(UserWarning, match='Choosy is crafted on as it is, since torch.fx cannot trace it'): assert crafting_network(Choosy(), x) is None
+    with pytest.warns(UserWarning, match='Choosy is crafted on as it is, since torch.fx cannot trace it'):
+        assert crafting_network(Choosy(), x) is None
     parametrized = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 10, 3)), nn.Flatten())
-    quantized = cnn8(size=8); quantize(quantized, 8, [x])
-    for net in hooked, parametrized, quantized, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)): assert crafting_network(net, x) is None
+    quantized = cnn8(size=8)
+    quantize(quantized, 8, [x])
+    without_convolutions = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    for net in hooked, parametrized, quantized, without_convolutions: assert crafting_network(net, x) is None
     assert crafting_network(cnn8(size=8).double(), x.double()) is None
 
 def test_training_does_not_notice_the_crafting_network(monkeypatch):

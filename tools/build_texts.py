@@ -63,9 +63,9 @@ def llms_txt():
     what = re.search(r'^> (.*)', cells[0], re.M)[1]
     example = '\n'.join(next(c for c in cells if o in c) for o in ('from adverfine.all import *', 'learn.robustness('))
     parts = [f'# adverfine\n\n> {what}',
-        'Everyday names come with `from adverfine.all import *`, everything else is imported from its module. Images are '
-        'pixels in [0,1], `eps` is in pixels, an attack is called as `attack(model, x, y)`, and robust accuracy counts '
-        'images that are right clean and under every attack.',
+        'Everyday names come with `from adverfine.all import *`, everything else is imported from its module. Images '
+        'are pixels in [0,1], `eps` is in pixels, an attack is called as `attack(model, x, y)`, and robust accuracy '
+        'counts images that are right clean and under every attack.',
         f'```python\n{example}\n```',
         '## Tutorials\n\n' + '\n'.join(f'- [{p.stem}]({site}tutorials/{p.stem}.html): {summary(p.relative_to(nbs))}'
             for p in sorted((nbs/'tutorials').glob('*.ipynb')))]

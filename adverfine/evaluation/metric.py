@@ -18,7 +18,6 @@ from ..attacks.scoring import score
 # %% ../../nbs/evaluation/04_metric.ipynb #f36b3e07
 def _drawn(total, n, seed):
     "Which of `total` images are drawn if `n` of them shall be, bool (total,)"
-    if n is None: return torch.ones(total, dtype=torch.bool)
     if n>total:
         raise ValueError(f"n={n}, but there are {total} images to validate on: "
                          "ask for at most that many, or leave n out for all")
@@ -47,8 +46,8 @@ class RobustAccuracy(Metric):
         y = learn.yb[0].as_subclass(Tensor)
         if self.generator is None:
             self.generator = torch.Generator(y.device).manual_seed(self.seed)
-            self.drawn = _drawn(len(learn.dl.dataset), self.n, self.seed).to(y.device)
-        drawn = self.drawn[self.seen:self.seen+len(y)]
+            if self.n is not None: self.drawn = _drawn(len(learn.dl.dataset), self.n, self.seed).to(y.device)
+        drawn = torch.ones_like(y, dtype=torch.bool) if self.n is None else self.drawn[self.seen:self.seen+len(y)]
         right = drawn & (learn.pred.as_subclass(Tensor).argmax(1)==y)
         if right.any():
             space = batch_space(learn)

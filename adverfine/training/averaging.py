@@ -65,21 +65,6 @@ def _running_norms(model):
 def _copy_into(model, values):
     for p,v in zip(_weights_of(model), values): p.copy_(v)
 
-@patch
-def _lend(self:WeightAverage):
-    "Give the network the mean, unless it has it"
-    if self.mean is None or self.own is not None: return
-    self.own = [p.detach().clone() for p in _weights_of(self.model)]
-    _copy_into(self.model, self.mean)
-    _estimate(bare(self.model), self.recent)
-
-@patch
-def _give_back(self:WeightAverage):
-    "Give the network the optimizer's weights again, unless it was pruned since"
-    if _same_shapes(self.own, _weights_of(self.model)): _copy_into(self.model, self.own)
-    self.own = None
-
-# %% ../../nbs/training/05_averaging.ipynb #d52e779e
 @torch.no_grad()
 def _estimate(network, batches):
     "Measure the running statistics of every BatchNorm anew, as the plain mean over `batches`"
@@ -94,3 +79,18 @@ def _estimate(network, batches):
             for xb in batches: network(*xb)
         finally:
             for m,momentum in zip(norms, momenta): m.momentum = momentum
+
+# %% ../../nbs/training/05_averaging.ipynb #b8473c34
+@patch
+def _lend(self:WeightAverage):
+    "Give the network the mean, unless it has it"
+    if self.mean is None or self.own is not None: return
+    self.own = [p.detach().clone() for p in _weights_of(self.model)]
+    _copy_into(self.model, self.mean)
+    _estimate(bare(self.model), self.recent)
+
+@patch
+def _give_back(self:WeightAverage):
+    "Give the network the optimizer's weights again, unless it was pruned since"
+    if _same_shapes(self.own, _weights_of(self.model)): _copy_into(self.model, self.own)
+    self.own = None

@@ -117,13 +117,12 @@ parts = dict(
     average=lambda: WeightAverage(None),
     warmup=lambda: EpsilonWarmup(.5))
 
-def _nearly(a, b, used, limit=2e-3):
+def _nearly(a, b, used):
     "Equal up to rounding: that of float32, or that of bfloat16"
     a,b = (torch.cat([o.flatten() for o in g]) for g in (a, b))
     assert b.norm()>0
     if 'bf16' in used: assert F.cosine_similarity(a, b, 0)>.98 and abs(a.norm()/b.norm()-1)<.1, used
-    else: assert (a-b).norm()<limit*b.norm(), (used, ((a-b).norm()/b.norm()).item())
-    return (a-b).norm()/b.norm()
+    else: assert (a-b).norm()<2e-3*b.norm(), (used, ((a-b).norm()/b.norm()).item())
 
 @pytest.mark.parametrize('used', [(), *((o,) for o in parts), *combinations(parts, 2)], ids='+'.join)
 def test_gradients_are_those_by_hand(used):
@@ -132,14 +131,12 @@ def test_gradients_are_those_by_hand(used):
     learn = _learner(loss_func=LabelSmoothingCrossEntropy() if 'smoothing' in used else CrossEntropyLossFlat())
     batches,steps,starts = _fit(learn, 2, AdversarialTraining(attack), *(parts[o]() for o in used if parts[o]))
     assert len(steps)==(4 if 'accumulation' in used else 8)
-    done,net,errors = 0,cnn8(size=8),[]
+    done,net = 0,cnn8(size=8)
     for grad,(weights,n) in zip(steps, starts):
         with torch.no_grad():
             for p,w in zip(net.parameters(), weights): p.copy_(w)
-        errors.append(_nearly(grad, _by_hand(net, batches[done:n], used), used, .01 if 'awp' in used else 2e-3))
+        _nearly(grad, _by_hand(net, batches[done:n], used), used)
         done = n
-    # rounding moves AWP's weights in their last digit: where a ReLU lies at its kink, one step may go the other way
-    if 'awp' in used and 'bf16' not in used: assert sorted(errors)[-2]<2e-3, errors
 
 @pytest.mark.parametrize('objective', [Madry, TRADES, MART, 'rslad'])
 def test_four_small_batches_are_one_big_one(objective):

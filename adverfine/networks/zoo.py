@@ -43,15 +43,31 @@ def cnn8(
             nn.init.zeros_(m.bias)
     return model
 
-# %% ../../nbs/networks/00_zoo.ipynb #366345e6
+# %% ../../nbs/networks/00_zoo.ipynb #e7d3331d
 @_remembered
 def resnet18_cifar(
     n_out:int=10, # Number of classes
+    width:int=64, # Channels of the first stage; the others have two, four and eight times as many
 ) -> nn.Module: # (N, 3, 32, 32) to logits (N, n_out)
     "torchvision's ResNet-18 with the stem for small images: one 3x3 convolution, no max pooling"
     from torchvision.models import resnet18
     model = resnet18(num_classes=n_out)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
+    if width!=64: _narrow(model, n_out, width)
     nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     return model
+
+def _narrow(model, n_out, width):
+    "Give a ResNet-18 stages of other widths"
+    from torchvision.models.resnet import BasicBlock
+    model.bn1 = nn.BatchNorm2d(width)
+    widths = [width, width, 2*width, 4*width, 8*width]
+    for k,(i,o) in enumerate(zip(widths, widths[1:])):
+        stride = 1 if k==0 else 2
+        shortcut = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if k else None
+        stage = nn.Sequential(BasicBlock(i, o, stride, shortcut), BasicBlock(o, o))
+        for m in stage.modules():
+            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        setattr(model, f'layer{k+1}', stage)
+    model.fc = nn.Linear(8*width, n_out)

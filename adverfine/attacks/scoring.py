@@ -125,7 +125,7 @@ def _fooled(model, x_adv, y):
     "Which of `x_adv` the network, in its own precision, gets wrong"
     with torch.autocast(x_adv.device.type, enabled=False): return logits_of(model, x_adv, y).argmax(1)!=y
 
-# %% ../../nbs/attacks/02_scoring.ipynb #c654f429
+# %% ../../nbs/attacks/02_scoring.ipynb #70cebd98
 def in_turn(
     runs, # Functions from indices of images to adversarial images for those
     model, # A callable from pixels to logits
@@ -145,9 +145,9 @@ def ranked_classes(
     model, # A callable from pixels to logits
     x:Tensor, # Clean images (N,C,H,W)
     y:Tensor, # Labels (N,)
-    n:int, # How many
-) -> Tensor: # (N,n)
+    n:int, # How many; there are only as many as the network has wrong classes
+) -> Tensor: # (N,n), or (N,classes-1) if that is less
     "The `n` most likely classes beside the right one, likeliest first"
     with torch.no_grad(): out = logits_of(model, x, y)
-    check_classes(out, 4, 'targeted DLR', "AutoAttack(eps, version='fast'), or APGD(eps)")
+    check_classes(out, 2, 'a targeted attack', 'a network with one logit for each class')
     return out.scatter(1, y[:,None], -torch.inf).topk(min(n, out.shape[1]-1)).indices

@@ -13,7 +13,7 @@ from .data.pixels import pixels
 from .data.sources import cifar10_dls, digits_dls, fashion_mnist_dls
 from .attacks.attack import Attack
 from .attacks.gradient import FGSM, FGSMRS, NFGSM, PGD
-from .attacks.adaptive import Transfer
+from .attacks.adaptive import EOT, Transfer
 from .attacks.torchattacks import TorchAttack
 from .attacks.apgd import APGD
 from .attacks.fab import FAB

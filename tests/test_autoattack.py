@@ -1,9 +1,10 @@
 "The published algorithms once more, in loops over single images; squares, planes and losses checked by hand"
+from functools import partial
 import pytest, torch
 from torch import nn
 from adverfine.threat import ThreatModel
 from adverfine.attacks.attack import Attack, cross_entropy, value_and_grad
-from adverfine.attacks.losses import dlr, margin, targeted_dlr
+from adverfine.attacks.losses import dlr, margin, probability_margin, targeted_dlr
 from adverfine.attacks.scoring import ranked_classes, Standing
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.fab import FAB, to_plane
@@ -39,14 +40,39 @@ def test_losses():
     flat = torch.zeros(2, 5)
     assert dlr(flat, y).tolist()==[0, 0]==targeted_dlr(flat, y, 1-y.clamp(max=1)).tolist()
     assert dlr(out[:,:3], y).shape==(2,) and targeted_dlr(out[:,:4], y, y).shape==(2,)
-    with pytest.raises(ValueError, match="needs 3 classes or more, the model has 2"): dlr(out[:,:2], y)
-    with pytest.raises(ValueError, match="needs 4 classes or more, the model has 3"):
-        ranked_classes(lambda x: out[:,:3], torch.rand(2, 1, 2, 2), y, 9)
+
+def test_losses_of_few_classes():
+    "Three classes have no fourth logit to divide by, two have no third"
+    three,labels,target = out[:,:3],torch.tensor([0, 2]),torch.tensor([2, 1])
+    torch.testing.assert_close(targeted_dlr(three, labels, target), torch.tensor([-1/(4-1), .5/(7-2)]).double())
+    torch.testing.assert_close(targeted_dlr(7*three, labels, target), targeted_dlr(three, labels, target))
+    two,labels = out[:,:2].clone().requires_grad_(),torch.tensor([0, 0])
+    for each in (dlr(two, labels), targeted_dlr(two, labels, 1-labels)):
+        torch.testing.assert_close(each, torch.tensor([-3., 5]).double())
+        grad, = torch.autograd.grad(each.sum(), two)
+        assert grad.tolist()==[[-1, 1], [-1, 1]]
+    for refused in (lambda: dlr(out[:,:1], 0*y), lambda: targeted_dlr(out[:,:1], 0*y, 0*y),
+            lambda: ranked_classes(lambda x: out[:,:1], torch.rand(2, 1, 2, 2), 0*y, 9)):
+        with pytest.raises(ValueError, match="needs 2 classes or more, the model has 1: use a network with one logit"):
+            refused()
+
+def test_probability_margin():
+    "By hand, and its gradient as two cross-entropies, each weighted by the probability of its class"
+    e = out.exp()
+    by_hand = torch.stack([(e[0,2]-e[0,0])/e[0].sum(), (e[1,1]-e[1,2])/e[1].sum()])
+    torch.testing.assert_close(probability_margin(out, y), by_hand, rtol=1e-12, atol=0)
+    z,best = out.clone().requires_grad_(),torch.tensor([2, 1])
+    grad, = torch.autograd.grad(probability_margin(z, y).sum(), z)
+    p,unit = out.softmax(1),torch.eye(5, dtype=torch.float64)
+    expected = torch.stack([p[i,b]*(unit[b]-p[i])-p[i,l]*(unit[l]-p[i]) for i,(b,l) in enumerate(zip(best, y))])
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-15)
 
 def test_targets_are_the_likeliest_wrong_classes():
     model = lambda x: out
     assert ranked_classes(model, torch.rand(2, 1, 2, 2), y, 2).tolist()==[[2, 1], [1, 3]]
     assert ranked_classes(model, torch.rand(2, 1, 2, 2), y, 9).tolist()==[[2, 1, 4, 3], [1, 3, 0, 4]]
+    assert ranked_classes(lambda x: out[:,:3], torch.rand(2, 1, 2, 2), y, 9).tolist()==[[2, 1], [1, 0]]
+    assert ranked_classes(lambda x: out[:,:2], torch.rand(2, 1, 2, 2), y%2, 9).tolist()==[[1], [1]]
 
 def test_standing_images():
     x = torch.arange(20.).view(20, 1, 1, 1)
@@ -116,12 +142,12 @@ def _reference_apgd(threat, f, grad, x, first, steps, rho=.75):
     return best,asked
 
 @norms
-@pytest.mark.parametrize('loss,steps', [('ce', 1), ('ce', 40), ('dlr', 12), ('margin', 100)])
+@pytest.mark.parametrize('loss,steps', [('ce', 1), ('ce', 40), ('dlr', 12), ('margin', 100), ('pma', 12)])
 def test_apgd_is_the_algorithm_of_the_paper(norm, loss, steps):
     x = torch.full((3, 1, 2, 2), .5, dtype=torch.float64) + torch.tensor([0., .1, -.1]).view(3, 1, 1, 1)
     labels = torch.zeros(3, dtype=torch.long)
     attack = APGD(.2, norm=norm, steps=steps, loss=loss)
-    each = dict(ce=cross_entropy, margin=margin, dlr=dlr)[loss]
+    each = dict(ce=cross_entropy, margin=margin, dlr=dlr, pma=probability_margin)[loss]
     near,far = (torch.tensor(o).double().view(1, 1, 2, 2) for o in ([.53, .41, .5, .62], [.9, .1, .55, .5]))
     for net in Bowl(near), Bowl(far), Plateau(near), Ridge():
         net = Spy(net)
@@ -173,9 +199,24 @@ def test_targeted_apgd_reaches_its_target():
         fell = net(attack(net, x, labels, _seed())).argmax(1)!=labels
         assert reached.any() and not reached.all() and torch.equal(fell, reached)
 
+@norms
+@pytest.mark.parametrize('classes', [2, 3])
+@pytest.mark.parametrize('make', [partial(APGD, steps=30, loss='dlr', targets=9), partial(APGD, steps=30, loss='dlr'),
+    partial(FAB, steps=15), AutoAttack], ids=['APGD-T', 'APGD-DLR', 'FAB-T', 'AutoAttack'])
+def test_two_and_three_classes(norm, classes, make):
+    "What falls is exactly what lies nearer to the boundary of a linear network than the budget"
+    net,x = _linear(classes),torch.rand(40, 1, 2, 2, generator=_seed(1), dtype=torch.float64)*.2+.4
+    labels = net(x).argmax(1)
+    d = _distance(net, x, labels, norm)
+    eps = d.median().item()
+    clear = (d/eps-1).abs()>.05
+    x,labels,d = x[clear],labels[clear],d[clear]
+    x_adv = make(eps, norm=norm)(net, x, labels, _seed())
+    assert torch.equal(net(x_adv).argmax(1)!=labels, d<eps)
+
 def test_apgd_refuses():
     for kw,why in [(dict(steps=0), 'steps=0'), (dict(restarts=0), 'restarts=0'),
-            (dict(loss='mse'), "'ce', 'dlr', 'margin'"), (dict(targets=2), "write loss='dlr'"),
+            (dict(loss='mse'), "'ce', 'dlr', 'margin', 'pma'"), (dict(targets=2), "write loss='dlr'"),
             (dict(targets=1.5, loss='dlr'), 'targets=1.5'), (dict(targets=-1, loss='dlr'), 'targets=-1')]:
         with pytest.raises(ValueError, match=why): APGD(.1, **kw)
     with pytest.raises(ValueError, match='8/255'): APGD(8)
@@ -185,6 +226,7 @@ def test_prices_and_names():
     assert APGD(.1).passes==305 and APGD(.1, steps=10, restarts=2).passes==70
     assert APGD(.1, steps=10, restarts=2, loss='dlr', targets=3).passes==210
     assert FAB(.1).passes==402*9 and FAB(.1, steps=10, targets=2).passes==84 and Square(.1).passes==5001
+    assert APGD(.1, loss='pma').name=='APGD-PMA'
     assert AutoAttack(.1, version='fast').passes==125+501
     assert AutoAttack(.1).passes==305+9*305+402*9+5001
     assert [o.name for o in AutoAttack(.1).parts]==['APGD-CE', 'APGD-T', 'FAB-T', 'Square']

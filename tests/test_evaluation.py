@@ -256,20 +256,22 @@ def test_nan_only_on_adversarial_images(model, right):
         return model(b)*(float('nan') if moved else 1)
     with pytest.raises(ValueError, match='NaN logits'): evaluate(fragile, x, y, PGD(.1))
 
-def test_too_few_classes(right):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    x = right[0][:50]
-    y = net(x).argmax(1)
-    with pytest.raises(ValueError, match="targeted DLR needs 4 classes or more, the model has 3.*version='fast'"):
-        evaluate(net, x, y, AutoAttack(.01))
-    assert evaluate(net, x, y, AutoAttack(.01, version='fast')).clean==1
-    pair = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    with pytest.raises(ValueError, match="needs 3 classes or more, the model has 2: use loss='margin'"):
-        evaluate(pair, x, pair(x).argmax(1), APGD(1., loss='dlr'))
+def test_few_classes(right):
+    "Targets are capped by the wrong classes that there are; one class leaves nothing to aim at"
+    x = right[0][:20]
+    for classes in (2, 3):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+        y = net(x).argmax(1)
+        assert evaluate(net, x, y, [APGD(1., loss='dlr', targets=9, steps=5), FAB(1., steps=5)]).robust<1
+        assert evaluate(net, x, y, AutoAttack(.01, version='fast')).clean==1
+    one = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    for attack in (APGD(.1, loss='dlr'), APGD(.1, loss='dlr', targets=9), FAB(.1), AutoAttack(.1)):
+        with pytest.raises(ValueError, match='needs 2 classes or more, the model has 1'):
+            evaluate(one, x, torch.zeros(20, dtype=torch.long), attack)
 
 def test_bad_arguments(learn, model, right):
     for make,why in [
-            (lambda: APGD(.1, loss='dl'), "'ce', 'dlr', 'margin'"),
+            (lambda: APGD(.1, loss='dl'), "'ce', 'dlr', 'margin', 'pma'"),
             (lambda: AutoAttack(.1, version='plus'), "'standard', 'fast'"),
             (lambda: Square(.1, queries=0), 'queries=0'),
             (lambda: TorchAttack(torchattacks.PGD, 8), '8/255'),

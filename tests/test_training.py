@@ -15,7 +15,7 @@ from adverfine.data.images import BatchDL
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.attack import input_grad
 from adverfine.attacks.gradient import FGSM, FGSMRS, PGD
-from adverfine.attacks.adaptive import Transfer
+from adverfine.attacks.adaptive import EOT, Transfer
 from adverfine.attacks.torchattacks import TorchAttack
 from adverfine.evaluation.metric import RobustAccuracy
 from adverfine.training.acceleration import BF16, Compile
@@ -210,11 +210,12 @@ def test_warmup_scales_steps_too():
     assert [a.eps for a in seen]==sorted(a.eps for a in seen)
 
 def _transferred(): return Transfer(PGD(.1, steps=1, step_size=.04), cnn8(size=8).eval())
+def _averaged(): return EOT(PGD(.1, steps=1, step_size=.04), samples=2)
 def _theirs():
     import torchattacks
     return TorchAttack(torchattacks.PGD, .1, steps=1, alpha=.04)
 
-@pytest.mark.parametrize('make', [_transferred, _theirs])
+@pytest.mark.parametrize('make', [_transferred, _averaged, _theirs])
 def test_warmup_of_attacks_with_arguments_of_their_own(make):
     learn,seen,attack = _learner(),[],make()
     class Watch(Callback):
@@ -228,7 +229,7 @@ def test_warmup_of_attacks_with_arguments_of_their_own(make):
     assert all(abs(b-.1*min(1, 2*k/n))<1e-6 for k,b in enumerate(budgets))
     surrogate = getattr(attack, 'surrogate', None)
     assert all(type(a) is type(attack) and getattr(a, 'surrogate', None) is surrogate for a in seen)
-    step = lambda a: a.attack.step_size if isinstance(a, Transfer) else dict(a.kwargs)['alpha']
+    step = lambda a: a.attack.step_size if isinstance(a, (EOT, Transfer)) else dict(a.kwargs)['alpha']
     assert all(abs(step(a)-.4*a.eps)<1e-9 for a in seen if a.eps)
     x,y = torch.rand(4, 1, 8, 8),torch.arange(4)
     for share in (0, .5, 1):

@@ -7,12 +7,12 @@ Docs: https://adverfine.github.io/adverfine/attacks/apgd.html.md"""
 # %% auto #0
 __all__ = ['APGD']
 
-# %% ../../nbs/attacks/06_apgd.ipynb #b878172d
+# %% ../../nbs/attacks/06_apgd.ipynb #1fda7400
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from .attack import Attack, check_counts, cross_entropy, value_and_grad
-from .losses import dlr, margin, targeted_dlr
+from .losses import dlr, margin, probability_margin, targeted_dlr
 from .scoring import Standing, in_turn, ranked_classes
 
 # %% ../../nbs/attacks/06_apgd.ipynb #06062cb9
@@ -60,15 +60,15 @@ def check(self:_Climb, enough):
     self.grad = torch.where(back, self.best_grad, self.grad)
     self.checked,self.rises = self.best_loss,torch.zeros_like(self.rises)
 
-# %% ../../nbs/attacks/06_apgd.ipynb #d491e513
+# %% ../../nbs/attacks/06_apgd.ipynb #7c7b0f6f
 _losses = dict(ce=lambda out, y, _: cross_entropy(out, y), dlr=lambda out, y, _: dlr(out, y),
-               margin=lambda out, y, _: margin(out, y))
+               margin=lambda out, y, _: margin(out, y), pma=lambda out, y, _: probability_margin(out, y))
 
 @dataclass(frozen=True)
 class APGD(Attack):
     "Gradient ascent with momentum and a step size that adapts; [arXiv 2003.01690](https://arxiv.org/abs/2003.01690)"
     steps:int = 100        # Gradient steps
-    loss:str = 'ce'        # 'ce', 'dlr' or 'margin'
+    loss:str = 'ce'        # 'ce', 'dlr', 'margin' or 'pma'
     restarts:int = 1       # Runs, each for the images that still stand
     targets:int = 0        # Classes to aim at in turn, likeliest first, with targeted DLR; 0: away from the right class
     rho:float = .75        # A step is halved if the loss rose in fewer than this share of the steps

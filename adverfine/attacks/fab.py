@@ -50,13 +50,13 @@ def _beyond(fab, s, lead, w):
     new = (1-share)*(s.adv+fab.overshoot*here) + share*(s.x+fab.overshoot*there)
     return new.clamp(0, 1) if fab.clamp else new
 
-# %% ../../nbs/attacks/07_fab.ipynb #e9752a5b
+# %% ../../nbs/attacks/07_fab.ipynb #ca139750
 @dataclass(frozen=True)
 class FAB(Attack):
     """Looks for ever nearer adversarial images until one lies in the ball;
     [arXiv 1907.02044](https://arxiv.org/abs/1907.02044)"""
     steps:int = 100         # Gradient steps towards each target
-    targets:int = 9         # Classes to aim at in turn, likeliest first
+    targets:int = 9         # Classes to aim at in turn, likeliest first; all wrong ones where there are fewer
     bias:float = .1         # At most this much of the next point comes from the clean image's side
     overshoot:float = 1.05  # How far beyond the plane to go
     back:float = .9         # An adversarial point is drawn back to this share of its distance

@@ -93,7 +93,7 @@ def attacked(
         with evaluating(model): logits = logits_of(exact, x_adv, yb)
         yield AttackedBatch(i, xb, x_adv, yb, logits)
 
-# %% ../../nbs/attacks/02_scoring.ipynb #d610d28c
+# %% ../../nbs/attacks/02_scoring.ipynb #0e598297
 @dataclass(frozen=True)
 class Run:
     "What came of one attack"
@@ -139,6 +139,8 @@ class Judge:
         self.stands = self.clean.clone()
         self.outcomes = ['stands' if o else 'wrong' for o in self.clean]
         self.runs,self.examples = [],[]
+        self.seen = 0           # runs that were asked for: fewer than there are, if they were restored
+        self.under_way = None   # what is known of the run that is not finished
 
     @property
     def robust(self) -> float: return self.stands.sum().item()/len(self.x)
@@ -149,7 +151,7 @@ class Judge:
 
     def __str__(self): return f'clean {self.clean.float().mean():.3f}, robust {self.robust:.3f}'
 
-# %% ../../nbs/attacks/02_scoring.ipynb #c20c7daa
+# %% ../../nbs/attacks/02_scoring.ipynb #d6aa2186
 @patch
 def run(self:Judge,
     name:str, # For the report; a prime is added if it is taken
@@ -158,16 +160,24 @@ def run(self:Judge,
     through=None, # What the attack sees instead of the network; default: `fast`
 ) -> Run:
     "Attack what still stands"
-    while any(o.name==name for o in self.runs): name += "'"
-    since = time.perf_counter()
-    idxs = self.stands.nonzero()[:n,0]
+    while any(o.name==name for o in self.runs[:self.seen]): name += "'"
+    self.seen += 1
+    if self.seen<=len(self.runs): return self.runs[self.seen-1]
+    if self.under_way is None:
+        self.under_way = dict(idxs=self.stands.nonzero()[:n,0].tolist(), done=0, fell=0, passes=0, seconds=0.)
+    now = self.under_way
     asked = Asked(self.model, self.fast if through is None else through, self.tick)
-    before = self.stands.sum().item()
-    for batch in attacked(asked, attack, self.x, self.y, idxs, (self.seed, name), self.bs, self.device):
+    since,idxs = time.perf_counter(),torch.tensor(now['idxs'], dtype=torch.long)
+    for batch in attacked(asked, attack, self.x, self.y, idxs, (self.seed, name), self.bs, self.device, now['done']):
         self.note(name, batch)
+        now['done'] += 1
+        now['fell'] += batch.fooled.sum().item()
+        now['passes'] += asked.passes
+        now['seconds'] += time.perf_counter()-since
+        since,asked.passes = time.perf_counter(),0
         self.after_batch(self)
-    fell = before-self.stands.sum().item()
-    self.runs.append(Run(name, len(idxs), fell, self.robust, asked.passes, time.perf_counter()-since))
+    self.runs.append(Run(name, len(idxs), now['fell'], self.robust, now['passes'], now['seconds']))
+    self.under_way = None
     return self.runs[-1]
 
 @patch
@@ -176,12 +186,33 @@ def note(self:Judge, name:str, batch:AttackedBatch):
     self.stands[batch.idxs] = ~batch.fooled.cpu()
     lead,predicted = margin(batch.logits, batch.y),batch.logits.argmax(1)
     for j in batch.fooled.nonzero()[:,0].tolist():
-        self.outcomes[batch.idxs[j]] = name
-        pair = batch.x[j].cpu(),batch.x_adv[j].cpu()
-        self.examples.append((lead[j].item(), *pair, batch.y[j].item(), predicted[j].item(), name))
+        i = batch.idxs[j].item()
+        self.outcomes[i] = name
+        self.examples.append((lead[j].item(), i, batch.x_adv[j].cpu(), predicted[j].item()))
     self.examples = sorted(self.examples, key=_lead, reverse=True)[:8]
 
 def _lead(example): return example[0]
+
+# %% ../../nbs/attacks/02_scoring.ipynb #fc51dda7
+@patch
+def record(self:Judge) -> tuple: # A dict for JSON, and the adversarial images of `examples` (n,C,H,W)
+    "What is known so far"
+    known = dict(outcomes=self.outcomes, runs=[vars(o) for o in self.runs], under_way=self.under_way,
+                 examples=[(lead, i, predicted) for lead,i,_,predicted in self.examples])
+    return known,torch.stack([o[2] for o in self.examples]) if self.examples else self.x[:0].cpu()
+
+@patch
+def restore(self:Judge,
+    known:dict, # What `record` said of the same images
+    images:Tensor, # And its images
+):
+    "Know what another judge knew"
+    self.outcomes = list(known['outcomes'])
+    self.stands = torch.tensor([o=='stands' for o in self.outcomes])
+    self.clean = torch.tensor([o!='wrong' for o in self.outcomes])
+    self.runs = [Run(**o) for o in known['runs']]
+    self.under_way = known['under_way']
+    self.examples = [(lead, i, image, predicted) for (lead,i,predicted),image in zip(known['examples'], images)]
 
 def score(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes)

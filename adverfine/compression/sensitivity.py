@@ -53,7 +53,7 @@ class Sensitivity:
         ax.legend(title='cut', fontsize=8, loc='center left', bbox_to_anchor=(1, .5), ncols=columns)
         return ax
 
-# %% ../../nbs/compression/05_sensitivity.ipynb #f01bc0c4
+# %% ../../nbs/compression/05_sensitivity.ipynb #4474b0d7
 def robust_sensitivity(
     learn:Learner, # Its network is looked at, and left as it is
     attack:Attack, # To be withstood
@@ -70,7 +70,7 @@ def robust_sensitivity(
     cuts = [(g.name, share) for g in groups for share in shares if whole_channels(g.n*(1-share))>=1]
     def accuracies(network):
         s = score(space.wrap(network), attack, x, y)
-        return s.clean.float().mean().item(),s.robust.float().mean().item()
+        return s.clean.float().mean().item(),s.robust
     clean,robust = accuracies(model)
     rows = []
     for layer,share in tqdm(cuts, desc='cuts', leave=False, delay=3):

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/evaluation/cases.html.md"""
 # %% auto #0
 __all__ = ['guards', 'predict', 'crafts', 'Case', 'Finding', 'Guard', 'guard']
 
-# %% ../../nbs/evaluation/00_cases.ipynb #f7809497
+# %% ../../nbs/evaluation/00_cases.ipynb #b9b06199
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from ..attacks.attack import Attack, value_and_grad
 from ..attacks.losses import margin
 from ..attacks.scoring import Judge
 from ..attacks.adaptive import EOT
-from ..attacks.surrogates import inner_networks, Inside, StraightThrough
+from ..attacks.surrogates import inner_networks, Inside, Rescaled, StraightThrough
 
 # %% ../../nbs/evaluation/00_cases.ipynb #dce52e23
 @torch.no_grad()
@@ -69,7 +69,7 @@ class Case:
     def y(self) -> Tensor: return self._right(self.judge.y)
     def _right(self, o): return o[self.judge.clean.to(o.device)].to(self.judge.device)
 
-# %% ../../nbs/evaluation/00_cases.ipynb #12bbe965
+# %% ../../nbs/evaluation/00_cases.ipynb #c9d8fdb5
 @patch
 def some(self:Case, n:int=128) -> tuple:
     "Images that the network gets right, and labels; all of them if the evaluation is thorough"
@@ -78,8 +78,12 @@ def some(self:Case, n:int=128) -> tuple:
 @patch
 def same(self:Case, attack:type, **kwargs) -> Attack:
     "An attack of this class under the threat model of the evaluation; through `EOT` if the network is random"
-    made = attack(self.threat.eps, norm=self.threat.norm, clamp=self.threat.clamp, **kwargs)
-    return EOT(made, 8) if self.random and made.white_box else made
+    return self.steadied(attack(self.threat.eps, norm=self.threat.norm, clamp=self.threat.clamp, **kwargs))
+
+@patch
+def steadied(self:Case, attack:Attack) -> Attack:
+    "`attack`, through `EOT` if it climbs gradients and the network is random"
+    return EOT(attack, 8) if self.random and attack.white_box else attack
 
 @patch
 def moved(self:Case) -> tuple:
@@ -101,7 +105,7 @@ def blind(self:Case) -> bool:
     x = self.x[:1].clone().requires_grad_()
     with torch.enable_grad(): return not self.climbed(x).requires_grad
 
-# %% ../../nbs/evaluation/00_cases.ipynb #cc58e800
+# %% ../../nbs/evaluation/00_cases.ipynb #e688c889
 def _slope(network, x, y):
     "Gradient of the margin, an image in each row; None if there is none"
     with frozen(network), torch.enable_grad():
@@ -125,6 +129,13 @@ def surrogates(self:Case) -> dict:
     def new(slope): return own is None or torch.cosine_similarity(own, slope).min()<.99
     self._surrogates = {name: offered[name] for name,slope in slopes.items() if slope is not None and new(slope)}
     return self._surrogates
+
+@patch(as_prop=True)
+def has_way_around(self:Case) -> bool:
+    "Is there something with gradients to craft on: a surrogate, the parent, or logits that saturate no loss?"
+    if self.surrogates or self.parent is not None: return True
+    slope = _slope(Rescaled(self.climbed), self.x[:64], self.y[:64])
+    return slope is not None and ((slope!=0).any(1)).float().mean().item()>.95
 
 # %% ../../nbs/evaluation/00_cases.ipynb #5aa801cc
 @patch

@@ -20,7 +20,7 @@ from ..attacks.surrogates import Rescaled, Smoothed
 from .cases import Case, predict
 from .guards import inspect
 
-# %% ../../nbs/evaluation/02_escalation.ipynb #e26d1b31
+# %% ../../nbs/evaluation/02_escalation.ipynb #33bd35bd
 def _climber(threat):
     "A kind of gradient attack for the budget, and its options for climbing away from the class and towards others"
     if threat.norm in ('linf', 'l2'):
@@ -44,18 +44,24 @@ def _stronger(case):
     yield case.same(kind, **away | dict(steps=200, restarts=5)),Rescaled(case.quick)
 
 def _around(case):
-    "Ever more expensive ways around what hides gradients"
+    "Ways around what hides gradients, by gradients of something else"
     kind,away,towards = _climber(case.threat)
     for network in case.surrogates.values():
         yield case.same(kind, **away),Rescaled(network)
         yield case.same(kind, **towards),network
     if case.parent is not None: yield Transfer(case.same(kind, **away), Rescaled(case.parent)),None
     if not case.blind: yield case.same(kind, **away),Rescaled(case.climbed)
-    yield case.same(Square, queries=1000),None
-    yield case.same(kind, **away | dict(steps=30)),Rescaled(Smoothed(case.model, sigma=max(case.threat.eps/2, 1e-3) if case.threat.norm=='linf' else .02))
-    yield case.same(Square, queries=5000),None
 
-# %% ../../nbs/evaluation/02_escalation.ipynb #4538ac81
+def _blindly(case):
+    "Ever longer searches without gradients"
+    kind,away,_ = _climber(case.threat)
+    yield case.same(Square, queries=1000),None
+    width = max(case.threat.eps/2, 1e-3) if case.threat.norm=='linf' else .02
+    yield case.same(kind, **away | dict(steps=30)),Rescaled(Smoothed(case.model, sigma=width))
+    yield case.same(Square, queries=5000),None
+    yield case.same(Square, queries=10_000),None
+
+# %% ../../nbs/evaluation/02_escalation.ipynb #59cb4ed7
 class _Budget:
     "Passes that may be taken, and the names of attacks that they did not suffice for"
     def __init__(self, case, passes):
@@ -85,7 +91,16 @@ def _settle(case, rungs, budget):
         tried = inspect(case, tries=True)
         if not _flagged(tried, 'weakness') or not budget.climb(rungs): return tried
 
-# %% ../../nbs/evaluation/02_escalation.ipynb #dbf01221
+def _get_around(case, rungs, budget):
+    "Try what does not need the gradients that are hidden; what guards find in the end"
+    ways,searches = _around(case),_blindly(case)
+    while budget.climb(ways): pass
+    while True:
+        tried = _settle(case, rungs, budget)
+        if case.has_way_around and not _flagged(tried, 'masking'): return tried
+        if not budget.climb(searches): return tried
+
+# %% ../../nbs/evaluation/02_escalation.ipynb #72ba559c
 def escalate(
     case:Case, # Its judge runs the attacks
     passes:int=20_000, # For an image, at most; a forward pass is one, a backward pass another
@@ -98,11 +113,10 @@ def escalate(
     hidden = _flagged([*looks, *tried], 'masking')
     broken = False
     if hidden:
-        ways = _around(case)
-        while budget.climb(ways): pass
-        tried = _settle(case, rungs, budget)
-        broken = not _flagged(tried, 'masking') and case.has_way_around
-        hidden |= _flagged(tried, 'masking')
+        tried = _get_around(case, rungs, budget)
+        more = _flagged(tried, 'masking')
+        broken = not more and case.has_way_around
+        hidden |= more
     return tuple(hidden.get(o.guard, o) for o in (*looks, *tried)),broken,tuple(budget.left_out)
 
 # %% ../../nbs/evaluation/02_escalation.ipynb #57c67b7b

@@ -141,7 +141,7 @@ def _progress_bar(progress):
     shape = '{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}'
     return tqdm(total=1, leave=False, delay=3, disable=not progress, bar_format=shape)
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #2a42244f
+# %% ../../nbs/evaluation/05_robustness.ipynb #e5869b07
 def _report(case, attacks, asked, findings, curve, **kwargs):
     judge = case.judge
     after = {o.name: o.robust for o in judge.runs if o.fell or o.name in asked}
@@ -152,9 +152,6 @@ def _report(case, attacks, asked, findings, curve, **kwargs):
         {o.name: o.seconds for o in judge.runs}, {o.name: o.passes for o in judge.runs}, findings=findings,
         crafted=getattr(judge.fast, 'name', 'as it is'), labels=tuple(judge.y.tolist()),
         outcomes=tuple(judge.outcomes), curve=curve, examples=examples, **kwargs)
-ner
-
-From a Learner, images come from its test DataLoader where it has one, and go back to pixels on their way.
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #5434788a
 @patch

@@ -10,6 +10,13 @@ __all__ = ['main']
 # %% ../nbs/02_cli.ipynb #030f9b69
 import argparse, json, sys, warnings
 
+# %% ../nbs/02_cli.ipynb #dc6d41ad
+def _command(commands, run, about, **kwargs):
+    "Add the command that `run` carries out; what is returned adds its options"
+    parser = commands.add_parser(run.__name__.strip('_'), help=about, **kwargs)
+    parser.set_defaults(run=run)
+    return parser.add_argument
+
 # %% ../nbs/02_cli.ipynb #ce3af243
 def _study(args):
     from adverfine.study.study import Study
@@ -29,13 +36,7 @@ def _study(args):
           "≤ where a guard found signs that a stronger attack would find more.")
     for name,path in files.items(): print(f'{name:12} {path}')
 
-# %% ../nbs/02_cli.ipynb #a3cef8c8
-def _command(commands, run, about, **kwargs):
-    "Add the command that `run` carries out; what is returned adds its options"
-    parser = commands.add_parser(run.__name__.strip('_'), help=about, **kwargs)
-    parser.set_defaults(run=run)
-    return parser.add_argument
-
+# %% ../nbs/02_cli.ipynb #70edd7e2
 def _add_study(commands):
     add = _command(commands, _study, 'train, compress, fine-tune, attack: table and figure', description=
         'Train a parent, prune and quantize it at several levels, fine-tune each normally and adversarially, measure.\n'
@@ -105,7 +106,8 @@ def _evaluate(args):
     make_dls = _data(args)
     chosen = [_attack(o, args.eps, args.norm) for o in args.attack]
     made_for = tuple(compressed_info(args.model)['input_shape'])
-    model,dls = load_compressed(args.model),make_dls()
+    model = load_compressed(args.model)
+    dls = make_dls()
     _check_shape(tuple(dls.valid.one_batch()[0].shape[1:]), args, made_for)
     learn = Learner(dls, model, loss_func=CrossEntropyLoss())
     result = learn.robustness(chosen, n=args.n, deployed=OnnxNetwork(args.onnx) if args.onnx else None, seed=args.seed,

@@ -156,7 +156,8 @@ class PixelModel(nn.Module):
     "`model`, but taking pixels in [0,1]: the normalisation is its first layer"
     def __init__(self, model, space):
         super().__init__()
-        self.model,self.space = model,space
+        self.model = model
+        self.space = space
     def forward(self, x): return self.model(self.space.from_pixels(x))
 
 def pixel_space(

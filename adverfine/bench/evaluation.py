@@ -59,20 +59,22 @@ def by_torchattacks(
         took[name] = time.perf_counter()-start
     return standing,took
 
-# %% ../../nbs/bench/01_evaluation.ipynb #cbaf2a95
+# %% ../../nbs/bench/01_evaluation.ipynb #15eff475
 def tough_cnn8(
-    path=None, # Folder of Fashion-MNIST; default: where `fashion_mnist_dls` looks
+    make_dls=fashion_mnist_dls, # Makes DataLoaders of grey images
+    n_train:int=20_000, # Training images, validation included
+    **kwargs # For `make_dls`, such as `path`
 ) -> tuple: # The network, all test images in pixels, their labels
-    "A `cnn8`, adversarially trained for two epochs on 20,000 images of Fashion-MNIST"
+    "A `cnn8`, adversarially trained for two epochs"
     with no_random(0):
-        dls = fashion_mnist_dls(path, n_train=20_000)
-        learn = Learner(dls, cnn8(), loss_func=nn.CrossEntropyLoss())
+        dls = make_dls(n_train=n_train, **kwargs)
+        learn = Learner(dls, cnn8(size=dls.valid.dataset.x.shape[-1]), loss_func=nn.CrossEntropyLoss())
         cbs = [AdversarialTraining(PGD(.05, steps=5))]
         if bf16_is_fast(): cbs.append(BF16())
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3, cbs=cbs)
     return learn.model.eval(),*pixels(dls.test)
 
-# %% ../../nbs/bench/01_evaluation.ipynb #6bc0e0b6
+# %% ../../nbs/bench/01_evaluation.ipynb #7cd0a0e9
 def _turn(model, x, y, eps, n):
     "Report of ours, and for each part what these of `n` images add to its row"
     report = evaluate(model, x, y, AutoAttack(eps))
@@ -84,18 +86,13 @@ def _turn(model, x, y, eps, n):
                            seconds=report.took[name], seconds_torchattacks=took[part])
     return report,sum(took.values()),parts
 
-def autoattack_race(
-    n:int=1000, # Images, the first of the test set
-    path=None, # Folder of Fashion-MNIST
-    eps:float=.05, # Radius of the l-inf ball in pixels
-    rounds:int=2, # The two take turns so often
-) -> dict: # Accuracies, seconds, their ratio, and a row for each part
-    "AutoAttack standard against an adversarially trained `cnn8`, by `evaluate` and by torchattacks' classes"
-    model,x,y = tough_cnn8(path)
+def _in_turns(model, x, y, eps, rounds):
+    "The result of a race on the images `x`"
+    n = len(x)
     rows = {}
     clean = 0
     ours,theirs = [],[]                  # seconds of each turn
-    for a,b in zip(x[:n].chunk(rounds), y[:n].chunk(rounds)):
+    for a,b in zip(x.chunk(rounds), y.chunk(rounds)):
         report,seconds,parts = _turn(model, a, b, eps, n)
         clean += round(report.clean*len(a))
         ours.append(report.seconds)
@@ -109,3 +106,14 @@ def autoattack_race(
         seconds=round(sum(ours), 1), seconds_torchattacks=round(sum(theirs), 1),
         ratio=round(sum(ours)/sum(theirs), 3), ratios=[round(a/b, 3) for a,b in zip(ours, theirs)],
         bf16=report.bf16, threads=torch.get_num_threads(), parts=list(rows.values()))
+
+# %% ../../nbs/bench/01_evaluation.ipynb #56019e08
+def autoattack_race(
+    n:int=1000, # Images, the first of the test set
+    path=None, # Folder of Fashion-MNIST
+    eps:float=.05, # Radius of the l-inf ball in pixels
+    rounds:int=2, # The two take turns so often
+) -> dict: # Accuracies, seconds, their ratio, and a row for each part
+    "AutoAttack standard against an adversarially trained `cnn8`, by `evaluate` and by torchattacks' classes"
+    model,x,y = tough_cnn8(path=path)
+    return _in_turns(model, x[:n], y[:n], eps, rounds)

@@ -21,6 +21,22 @@ from ..compression.quantization import quantize
 from ..deployment.onnx import OnnxNetwork, to_onnx
 from ..deployment.lowered import lower
 
+# %% ../../nbs/bench/02_inference.ipynb #95d29c29
+_makers = dict(cnn8=(cnn8, (1,28,28)), resnet18=(resnet18_cifar, (3,32,32))) # and the shape of an image
+
+def _in_five_kinds(make, x):
+    "kind -> network"
+    with no_random(0), torch.no_grad():
+        dense = make()
+        for _ in range(4): dense(torch.rand_like(x))
+        pruned = prune(deepcopy(dense), .5, x[:2])
+        int8,pruned_int8 = deepcopy(dense),deepcopy(pruned)
+        for o in (int8, pruned_int8): quantize(o, 8, [x])
+    kinds = {'dense float32': dense, 'dense bfloat16': dense, 'pruned': pruned,
+             'int8': int8, 'pruned int8': pruned_int8}
+    for o in kinds.values(): o.eval()
+    return kinds
+
 # %% ../../nbs/bench/02_inference.ipynb #fb6d09c7
 def _lowered(model, x, sizes): return lower(model, x, sizes, least=.8) if find_spec('torchao') else None
 
@@ -51,22 +67,6 @@ def _openvino(kind, model, x, n):
 
 _engines = {'eager': (_eager, 'torch'), 'Inductor': (_inductor, 'torch'),
             'ONNX Runtime': (_onnxruntime, 'onnxruntime'), 'OpenVINO': (_openvino, 'openvino')} # and what it needs
-
-# %% ../../nbs/bench/02_inference.ipynb #95d29c29
-_makers = dict(cnn8=(cnn8, (1,28,28)), resnet18=(resnet18_cifar, (3,32,32))) # and the shape of an image
-
-def _in_five_kinds(make, x):
-    "kind -> network"
-    with no_random(0), torch.no_grad():
-        dense = make()
-        for _ in range(4): dense(torch.rand_like(x))
-        pruned = prune(deepcopy(dense), .5, x[:2])
-        int8,pruned_int8 = deepcopy(dense),deepcopy(pruned)
-        for o in (int8, pruned_int8): quantize(o, 8, [x])
-    kinds = {'dense float32': dense, 'dense bfloat16': dense, 'pruned': pruned,
-             'int8': int8, 'pruned int8': pruned_int8}
-    for o in kinds.values(): o.eval()
-    return kinds
 
 # %% ../../nbs/bench/02_inference.ipynb #96713fc6
 @torch.no_grad()
@@ -113,7 +113,8 @@ def inference_race(
     "Dense, pruned and quantized networks in one engine after another"
     missing = _not_installed()
     installed = [o for o in engines or _engines if find_spec(_engines[o][1])]
-    rows,sizes = [],{}
+    rows = []
+    sizes = {}
     for network,engine in tqdm([(n, e) for n in networks for e in installed], desc='engines', delay=60):
         make,shape = _makers[network]
         with no_random(0): x = torch.rand(max(batches), *shape)

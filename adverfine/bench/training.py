@@ -30,7 +30,8 @@ from ..training.acceleration import BF16, Compile, keep_memory
 from ..training.adversarial import AdversarialTraining
 
 # %% ../../nbs/bench/03_training.ipynb #79bfba35
-race_steps,race_eps = 7,.05
+race_steps = 7
+race_eps = .05
 _step_size = 2.5*race_eps/race_steps
 _warm = 3
 
@@ -48,7 +49,8 @@ def _clock():
 
 class Clock(Callback):
     "Notes when each batch is done"
-    order,run_valid = 100,False
+    order = 100
+    run_valid = False
     def before_fit(self): self.times = []
     def after_batch(self): self.times.append(_clock())
 

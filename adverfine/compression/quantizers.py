@@ -78,9 +78,10 @@ class Quantizer(nn.Module):
         self.bits = bits
         self.signed = signed
         self.through = through
-        if not signed: self.lo,self.hi,self.offset = 0,2**bits-1,0.
-        elif bits==1: self.lo,self.hi,self.offset = -1,0,.5
-        else: self.lo,self.hi,self.offset = -2**(bits-1)+symmetric,2**(bits-1)-1,0.
+        self.offset = .5 if signed and bits==1 else 0.
+        if not signed: self.lo,self.hi = 0,2**bits-1
+        elif bits==1: self.lo,self.hi = -1,0
+        else: self.lo,self.hi = -2**(bits-1)+symmetric,2**(bits-1)-1
         self.register_buffer('start', torch.tensor(1.))
         self.log_gain = nn.Parameter(torch.tensor(0.))
 

@@ -168,7 +168,9 @@ class RandomCropFlip(Transform):
     "Shift each image by up to `pad` pixels, reflecting at the border, and mirror half of them; training only"
     split_idx = 0
     order = 5
-    def __init__(self, pad=4, flip=True): self.pad,self.flip = pad,flip
+    def __init__(self, pad=4, flip=True):
+        self.pad = pad
+        self.flip = flip
     def encodes(self, x:TensorImage):
         n,c,h,w = x.shape
         rows,cols = (self._shifted(n, o, x.device) for o in (h, w))

@@ -42,17 +42,21 @@ class _Fused(nn.Module):
     "A convolution with the BatchNorm and the ReLU that follow it"
     def __init__(self, conv, norm, relu):
         super().__init__()
-        self.conv,self.norm,self.relu = conv,norm,relu
+        self.conv = conv
+        self.norm = norm
+        self.relu = relu
 
     @torch.no_grad()
     def prepare(self, dtype):
-        w,b,n = self.conv.weight,self.conv.bias,self.norm
+        w,b = self.conv.weight,self.conv.bias
+        n = self.norm
         if n is not None: w,b = fuse_conv_bn_weights(w, b, n.running_mean, n.running_var, n.eps, n.weight, n.bias)
         self.w = w.detach().to(dtype, memory_format=torch.channels_last)
         self.b = None if b is None else b.detach().to(dtype)
 
     def forward(self, x):
-        x,c = x.to(self.w.dtype, memory_format=torch.channels_last),self.conv
+        c = self.conv
+        x = x.to(self.w.dtype, memory_format=torch.channels_last)
         return _ConvReLU.apply(x, self.w, self.b, c.stride, c.padding, c.dilation, c.groups, self.relu)
 
 # %% ../../nbs/networks/07_fused.ipynb #91fcb8d6
@@ -66,7 +70,8 @@ def _chain(node, modules):
     "The BatchNorm (or None) behind the convolution at `node`, whether a ReLU follows, and the last node of the three"
     def only_reader(): return next(iter(last.users)) if len(last.users)==1 else None
     def called(node): return modules[node.target] if node is not None and node.op=='call_module' else None
-    last,norm,relu = node,None,False
+    last = node
+    norm = None
     after = only_reader()
     if type(called(after)) is nn.BatchNorm2d and called(after).track_running_stats:
         norm = called(after)

@@ -68,7 +68,9 @@ class Lent:
         lender:Callback, # Once it is taken from its Learner, this object takes itself away when it is next called
         instead, # What is called from then on
     ):
-        self.network,self.name,self.instead = network,name,instead
+        self.network = network
+        self.name = name
+        self.instead = instead
         self.lender = weakref.ref(lender)
         setattr(network, name, self)
 

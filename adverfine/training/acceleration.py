@@ -27,7 +27,8 @@ def keep_memory() -> bool: # Whether it does so from now on
 # %% ../../nbs/training/00_acceleration.ipynb #80f3f88a
 class BF16(Callback):
     "Run the network in bfloat16 and channels_last during fits, on CPU and GPU"
-    order,forward = -8,None
+    order = -8
+    forward = None
 
     def before_fit(self):
         self.after_fit()     # what an aborted fit has left
@@ -48,7 +49,8 @@ class _Compiled(Lent):
 
 class Compile(Callback):
     "Run the network through `torch.compile` during fits; where that does not work, warn and go on without"
-    order,compiled = -7,None
+    order = -7
+    compiled = None
     def __init__(self, **kwargs): # For `torch.compile`, such as mode='reduce-overhead'
         self.kwargs = dict(dynamic=False)|kwargs
 
@@ -59,7 +61,8 @@ class Compile(Callback):
     def before_batch(self):
         if self.tried: return
         self.tried = True
-        network,x = bare(self.model),self.xb[0].detach().as_subclass(torch.Tensor).requires_grad_()
+        network = bare(self.model)
+        x = self.xb[0].detach().as_subclass(torch.Tensor).requires_grad_()
         self.compiled = _Compiled(network, self, **self.kwargs)
         try:
             with frozen(network), torch.enable_grad(): torch.autograd.grad(network(x).float().sum(), x)

@@ -42,7 +42,8 @@ class Crafter:
 # %% ../../nbs/training/02_adversarial.ipynb #01369265
 class AdversarialBatches(Callback):
     "Base of callbacks that train on adversarial images"
-    order,run_valid = 20,False
+    order = 20
+    run_valid = False
 
     def before_fit(self):
         if next(bare(self.model).parameters()).device.type=='cpu': keep_memory()
@@ -63,7 +64,9 @@ class AdversarialBatches(Callback):
 class _Once:
     "An objective in the place of the Learner's `loss_func`, for one call with `pred`"
     def __init__(self, learn, pred, objective):
-        self.learn,self.pred,self.objective = learn,pred,objective
+        self.learn = learn
+        self.pred = pred
+        self.objective = objective
         own = learn.loss_func
         self.loss_func = own.loss_func if isinstance(own, _Once) else own
         learn.loss_func = self
@@ -94,11 +97,13 @@ class AdversarialTraining(AdversarialBatches):
                              "a teacher means RSLAD(teacher)")
         if objective is None: objective = Madry() if teacher is None else RSLAD(teacher)
         objective.check(attack)
-        self.attack,self.objective = attack,objective
+        self.attack = attack
+        self.objective = objective
 
     def before_fit(self):
         super().before_fit()
-        self.budget,self.once = 1.,None  # `EpsilonWarmup` gives the attack a smaller share of its budget
+        self.budget = 1.     # `EpsilonWarmup` gives the attack a smaller share of it
+        self.once = None
         if self.mix is not None: self.objective.check_mixed(self.attack)
 
     def before_batch(self):
@@ -137,7 +142,8 @@ def minimised(self:AdversarialTraining,
 @patch
 def _labels(self:AdversarialTraining):
     "The labels (N,) of the batch, or the probabilities (N,classes) of a mixed one"
-    y,mix = self.yb[0].as_subclass(Tensor),self.mix
+    y = self.yb[0].as_subclass(Tensor)
+    mix = self.mix
     if mix is None or y.is_floating_point(): return y
     one,other = (F.one_hot(o.as_subclass(Tensor), self.dls.c).float() for o in (mix.yb1[0], y))
     return torch.lerp(one, other, torch.as_tensor(mix.lam, dtype=one.dtype).view(-1, 1))

@@ -7,19 +7,20 @@ Docs: https://adverfine.github.io/adverfine/training/averaging.html.md"""
 # %% auto #0
 __all__ = ['WeightAverage']
 
-# %% ../../nbs/training/05_averaging.ipynb #7bda4614
+# %% ../../nbs/training/05_averaging.ipynb #1945482b
 from collections import deque
 import torch
 from fastai.callback.core import Callback
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from ..networks.modes import bare, evaluating
 from ..networks.layers import batch_norms
 
-# %% ../../nbs/training/05_averaging.ipynb #353a4f88
+# %% ../../nbs/training/05_averaging.ipynb #ed9daba4
 class WeightAverage(Callback):
     """Validate and finish with an average of the weights, BatchNorm statistics re-estimated on adversarial batches;
     [arXiv 2010.03593](https://arxiv.org/abs/2010.03593)"""
-    order,remove_on_fetch = 55,True
+    order = 55
+    remove_on_fetch = True
     def __init__(self,
         decay:float|None=.99, # Of the exponential moving average, per step; `None`: the plain mean of all steps
         start:float=0., # Share of the training after which averaging begins, 0 to 1
@@ -29,14 +30,12 @@ class WeightAverage(Callback):
             raise ValueError(f"decay={decay} must lie between 0 and 1: .99 remembers a hundred steps; "
                              "None takes the mean of all")
         if not 0<=start<1: raise ValueError(f"start={start} must lie between 0 and 1: it is a share of the training")
-        self.decay,self.start,self.batches = decay,start,batches
+        store_attr()
 
     def before_fit(self):
         self.mean = self.own = None
         self.averaged = 0     # steps in the mean
         self.recent = deque(maxlen=self.batches)
-
-    def before_train(self): self._give_back()
 
     def after_pred(self):
         if self.training and _running_norms(self.model): self.recent.append(tuple(o.detach() for o in self.xb))
@@ -45,12 +44,14 @@ class WeightAverage(Callback):
         if self.learn.pct_train<self.start: return
         now = _weights_of(self.model)
         if not _same_shapes(self.mean, now):
-            self.mean,self.averaged = [p.detach().clone() for p in now],1
+            self.mean = [p.detach().clone() for p in now]
+            self.averaged = 1
             return
         self.averaged += 1
         keep = 1-1/self.averaged if self.decay is None else min(self.decay, 1-9/(self.averaged+9))
         for m,p in zip(self.mean, now): m.lerp_(p.detach(), 1-keep)
 
+    def before_train(self): self._give_back()
     def after_train(self): self._lend()
     def after_cancel_fit(self): self._lend()
     def after_fit(self): self.mean = self.own = self.recent = None
@@ -75,7 +76,8 @@ def _estimate(network, batches):
         try:
             for m in norms:
                 m.reset_running_stats()
-                m.momentum,m.training = None,True
+                m.momentum = None
+                m.training = True
             for xb in batches: network(*xb)
         finally:
             for m,momentum in zip(norms, momenta): m.momentum = momentum

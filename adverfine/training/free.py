@@ -16,7 +16,9 @@ from .adversarial import AdversarialBatches
 # %% ../../nbs/training/03_free.ipynb #fd5fcf6e
 class _Replayed(GetAttr):
     "A DataLoader that yields each batch several times in a row"
-    def __init__(self, dl, times): self.default,self.times = dl,times
+    def __init__(self, dl, times):
+        self.default = dl
+        self.times = times
     def __len__(self): return len(self.default)*self.times
     def __iter__(self):
         for b in self.default: yield from [b]*self.times
@@ -33,7 +35,8 @@ class FreeAdversarialTraining(AdversarialBatches):
     ):
         if not replays>=2:
             raise ValueError(f"replays={replays} must be 2 or more: with less, no batch is ever attacked")
-        self.attack,self.replays = FGSM(eps, norm=norm, clamp=clamp),replays
+        self.attack = FGSM(eps, norm=norm, clamp=clamp)
+        self.replays = replays
 
     def before_fit(self):
         super().before_fit()
@@ -46,7 +49,8 @@ class FreeAdversarialTraining(AdversarialBatches):
         self.delta = None
 
     def before_batch(self):
-        space,threat = batch_space(self.learn),self.attack.threat
+        space = batch_space(self.learn)
+        threat = self.attack.threat
         self.images = space.to_pixels(self.xb[0])
         fits = self.delta is not None and self.delta.shape==self.images.shape
         moved = threat.project(self.images+self.delta, self.images) if fits else self.images.clone()
@@ -54,6 +58,7 @@ class FreeAdversarialTraining(AdversarialBatches):
         self.learn.xb = (space.from_pixels(self.moved), *self.xb[1:])
 
     def after_backward(self):
-        threat,grad = self.attack.threat,self.moved.grad.nan_to_num()
+        threat = self.attack.threat
+        grad = self.moved.grad.nan_to_num()
         further = self.moved.detach() + threat.eps*threat.steepest(grad)
         self.delta = threat.project(further, self.images) - self.images

@@ -120,7 +120,8 @@ class RSLAD(Objective):
     ):
         if not 0<=alpha<=1:
             raise ValueError(f"alpha={alpha} must lie between 0 and 1: it is the share of the attacked images")
-        self.teacher,self.alpha = teacher,alpha
+        self.teacher = teacher
+        self.alpha = alpha
 
     def check(self, attack): _check_soft(self, attack)
 

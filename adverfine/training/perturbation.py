@@ -7,18 +7,20 @@ Docs: https://adverfine.github.io/adverfine/training/perturbation.html.md"""
 # %% auto #0
 __all__ = ['AWP']
 
-# %% ../../nbs/training/06_perturbation.ipynb #d2f50f97
+# %% ../../nbs/training/06_perturbation.ipynb #5112bb0d
 import torch
 from torch.func import functional_call
+from fastcore.basics import store_attr
 from fastai.callback.core import Callback
 from ..networks.modes import bare
 from .adversarial import adversarial_training_of
 
-# %% ../../nbs/training/06_perturbation.ipynb #aa90b15f
+# %% ../../nbs/training/06_perturbation.ipynb #95a395be
 class AWP(Callback):
     """Take each training gradient at adversarially perturbed weights;
     [arXiv 2004.05884](https://arxiv.org/abs/2004.05884)"""
-    order,run_valid = 25,False
+    order = 25
+    run_valid = False
     def __init__(self,
         gamma:float=.005, # Length of the perturbation, in units of each layer's norm
         start:float=0., # Share of the training after which it begins, 0 to 1
@@ -26,7 +28,7 @@ class AWP(Callback):
         if not gamma>0:
             raise ValueError(f"gamma={gamma} must be positive: it is how far weights move, in units of their norm; "
                              ".005 to .01 is usual")
-        self.gamma,self.start = gamma,start
+        store_attr()
 
     def before_fit(self): self.adversarial = adversarial_training_of(self)
     def before_batch(self): self.random_state = torch.get_rng_state()

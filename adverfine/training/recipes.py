@@ -60,7 +60,8 @@ def _check_request(path, out, prune, bits, epochs, eps, adversarial):
 
 def _loaded_learner(path, dls, factory):
     "A Learner for the network in the folder `path`, with DataLoaders that normalise as it wants"
-    info,model = compressed_info(path),load_compressed(path, factory)
+    info = compressed_info(path)
+    model = load_compressed(path, factory)
     normalizations = [tuple(o[k] for k in ('mean', 'std')) for o in info['normalize']]
     if len(normalizations)>1:
         raise ValueError(f"{path} normalises its images {len(normalizations)} times, and data sets do it once: "
@@ -90,7 +91,8 @@ def compress(
     "Load a network, prune and quantize it, fine-tune it, measure it and save it"
     _check_request(path, out, prune, bits, epochs, eps, adversarial)
     made = compressed_info(path)['factory']
-    learn,report = _loaded_learner(path, dls, factory),None
+    learn = _loaded_learner(path, dls, factory)
+    report = None
     with no_random(seed), ExitStack() as stack:
         if prune is not None: learn.prune(prune)
         if bits is not None: learn.quantize(bits)

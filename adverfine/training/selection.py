@@ -7,10 +7,11 @@ Docs: https://adverfine.github.io/adverfine/training/selection.html.md"""
 # %% auto #0
 __all__ = ['KeepMostRobust', 'StopOnCatastrophe']
 
-# %% ../../nbs/training/04_selection.ipynb #5302ad35
+# %% ../../nbs/training/04_selection.ipynb #b8d4f786
 import warnings
 import numpy as np
 from safetensors.torch import save
+from fastcore.basics import store_attr
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import join_path_file, rank_distrib
@@ -27,13 +28,16 @@ class _AfterTraining(Callback):
     remove_on_fetch = True
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
-        self.begun,self.weights = False,None
+        self.begun = False
+        self.weights = None
     def before_epoch(self): self.trained = self.whole = False
     def before_train(self):
         if not self.begun: self.begin()
         self.begun = self.trained = True
     def after_cancel_validate(self): self.trained = False
-    def after_validate(self): self.whole,self.trained = self.trained,False
+    def after_validate(self):
+        self.whole = self.trained
+        self.trained = False
     def after_epoch(self):
         if self.whole: self.inspect()
     def after_fit(self): self.weights = None
@@ -44,14 +48,13 @@ def _copied_weights(model):
 
 def _fit_each_other(a, b): return {k: v.shape for k,v in a.items()}=={k: v.shape for k,v in b.items()}
 
-# %% ../../nbs/training/04_selection.ipynb #817296a4
+# %% ../../nbs/training/04_selection.ipynb #c41d9665
 class KeepMostRobust(_AfterTraining, TrackerCallback):
     """Keep the weights with the highest `RobustAccuracy` and restore them when the fit ends; a change of shapes
     (pruning) starts the search afresh; [arXiv 2002.11569](https://arxiv.org/abs/2002.11569)"""
     order = 61
     def __init__(self,
-        fname:str='best_robust', # The weights are also in `learn.path/learn.model_dir`, as `fname`.safetensors
-    ):
+        fname:str='best_robust'): # The weights are also in `learn.path/learn.model_dir`, as `fname`.safetensors
         super().__init__(comp=np.greater)
         self.fname = fname
 
@@ -62,7 +65,8 @@ class KeepMostRobust(_AfterTraining, TrackerCallback):
                              "add one, as in Learner(..., metrics=RobustAccuracy(PGD(eps=8/255)))")
         self.monitor = metric.name
         TrackerCallback.before_fit(self)
-        self.last,self.epoch_of_best = float('nan'),None
+        self.last = float('nan')
+        self.epoch_of_best = None
 
     def inspect(self):
         weights = _copied_weights(self.model)
@@ -70,7 +74,8 @@ class KeepMostRobust(_AfterTraining, TrackerCallback):
         TrackerCallback.after_epoch(self)
         self.last = self.recorder.values[-1][self.idx]
         if not self.new_best: return
-        self.epoch_of_best,self.weights = self.epoch,weights
+        self.epoch_of_best = self.epoch
+        self.weights = weights
         file = join_path_file(self.fname, self.learn.path/self.learn.model_dir, ext='.safetensors')
         note = dict(epoch=str(self.epoch), robust_accuracy=str(self.best))
         if not rank_distrib(): write_atomic(file, save(weights, metadata=note))
@@ -84,16 +89,17 @@ class KeepMostRobust(_AfterTraining, TrackerCallback):
         "By how much the best robust accuracy was above the last: the robust overfitting"
         return self.best-self.last
 
-# %% ../../nbs/training/04_selection.ipynb #28349b50
+# %% ../../nbs/training/04_selection.ipynb #c1936d52
 class StopOnCatastrophe(_AfterTraining):
     """End a fit, with the weights of the epoch before, if accuracy under `attack` on a held-out batch falls by more
     than `threshold` in one epoch; [arXiv 2001.03994](https://arxiv.org/abs/2001.03994)"""
-    order,run_train = 63,False
+    order = 63
+    run_train = False
     def __init__(self,
         attack:Attack|None=None, # Needs several steps; default: PGD-10 under the threat model of `AdversarialTraining`
         threshold:float=.2, # The fall of accuracy that is a catastrophe
         stop:bool=True, # Restore and end the fit? Otherwise only warn
-    ): self.attack,self.threshold,self.stop = attack,threshold,stop
+    ): store_attr()
 
     def begin(self):
         self.metric = RobustAccuracy(self.attack or self._pgd())
@@ -112,7 +118,8 @@ class StopOnCatastrophe(_AfterTraining):
         self.metric.accumulate(self.learn)
 
     def inspect(self):
-        before,self.last,weights = self.last,self.metric.value,_copied_weights(self.model)
+        before,self.last = self.last,self.metric.value
+        weights = _copied_weights(self.model)
         comparable = self.weights is not None and _fit_each_other(weights, self.weights)
         if comparable and before-self.last>self.threshold:
             warnings.warn(f"catastrophic overfitting in epoch {self.epoch}: accuracy under {self.metric.attack.name} "

@@ -14,7 +14,8 @@ from .adversarial import adversarial_training_of
 # %% ../../nbs/training/07_warmup.ipynb #091723aa
 class EpsilonWarmup(Callback):
     "Let the budget of the training attack grow linearly from 0 to full"
-    order,run_valid = 19,False
+    order = 19
+    run_valid = False
     def __init__(self,
         pct:float=.3, # Share of the training until the budget is full, 0 to 1
     ):

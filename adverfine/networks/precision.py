@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from .modes import bare
 from fastai.callback.core import Callback
 
-# %% ../../nbs/networks/06_precision.ipynb #831ae429
+# %% ../../nbs/networks/06_precision.ipynb #2fcb3e5f
 def _speedup_in_bf16(turns=5):
     "How many times as fast a small convolution is in bfloat16 as in float32, on the CPU; 0 if there is none"
     last = torch.channels_last
@@ -37,9 +37,11 @@ def _cpu_is_fast_in_bf16():
     if 'avx512_bf16' not in has: return _speedup_in_bf16()>1.3
     return torch.backends.mkldnn.is_available() and (has['avx512_bf16'] or has.get('amx_tile', False))
 
-def bf16_is_fast() -> bool:
+def bf16_is_fast(
+    device:str=None, # 'cpu' or 'cuda'; default: the GPU where there is one
+) -> bool:
     "Whether this machine multiplies bfloat16 matrices faster than float32 ones"
-    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported()
+    if device!='cpu' and torch.cuda.is_available(): return torch.cuda.is_bf16_supported()
     return _cpu_is_fast_in_bf16()
 
 # %% ../../nbs/networks/06_precision.ipynb #4e2a0caa

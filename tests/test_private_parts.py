@@ -19,6 +19,8 @@ private_parts = {
     '._forward_hooks': "fused layers would leave out the hooks of the layers they replace: no public way to ask for "
                        "hooks",
     '._forward_pre_hooks': "as _forward_hooks",
+    '._backward_hooks': "as _forward_hooks",
+    '._backward_pre_hooks': "as _forward_hooks",
     '._orig_mod': "the network in torch.compile's wrapper: the wrapper has no public class, and no public way in",
     '._compiled_call_impl': "undoes Module.compile() in place: torch only sets it, and torch.compiler.set_stance, "
                             "which can suspend it, costs every pruning the import of the compiler, 5 to 30 seconds",

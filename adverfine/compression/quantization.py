@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/compression/quantization.html.md"""
 # %% auto #0
 __all__ = ['quantized_classes', 'QuantConv2d', 'QuantLinear', 'QuantBatchNorm2d', 'traced', 'quantize']
 
-# %% ../../nbs/compression/07_quantization.ipynb #aaf83822
+# %% ../../nbs/compression/07_quantization.ipynb #638ded10
 import copy, operator, warnings
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -18,6 +18,7 @@ from fastcore.meta import delegates
 from fastai.learner import Learner
 from ..networks.modes import evaluating
 from ..networks.attention import opened
+from ..networks.fused import foldable, fusable
 from ..networks.optimizers import adopt
 from ..data.pixels import training_batches
 from .quantizers import calibrations, check_bits, Quantizer
@@ -48,6 +49,14 @@ class QuantBatchNorm2d(nn.BatchNorm2d):
 _weighted_classes = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 quantized_classes = {**_weighted_classes, nn.BatchNorm2d: QuantBatchNorm2d}    # what each layer becomes
 _float_classes = {quantized: plain for plain,quantized in quantized_classes.items()}
+
+# %% ../../nbs/compression/07_quantization.ipynb #e55602ff
+def _rounded_once(m): return m.w_quant(m.weight),m.bias,m.x_quant.constant()
+
+def _rounds_output(norm): return norm.y_quant.constant()
+
+fusable.update({QuantConv2d: _rounded_once, QuantLinear: _rounded_once})
+foldable[QuantBatchNorm2d] = _rounds_output
 
 # %% ../../nbs/compression/07_quantization.ipynb #6efc96e9
 class _QuantTracer(fx.Tracer):

@@ -63,7 +63,7 @@ def check_bits(
                          "or two of them, for weights and for inputs, such as (1, 8)")
     return pair
 
-# %% ../../nbs/compression/06_quantizers.ipynb #23345c14
+# %% ../../nbs/compression/06_quantizers.ipynb #c40a60a9
 class Quantizer(nn.Module):
     "Rounds to `bits` bits with a learned step size: one for everything, or one per output channel of a weight"
     tempering = .5   # The gradient of a step size is divided by the number of values that share it, to this power
@@ -97,6 +97,12 @@ class Quantizer(nn.Module):
         step = self.step
         shared = x.numel()/step.numel() if step.dim() else x[0].numel()    # by one channel, or by one image
         return _Round.apply(x, step, self.lo, self.hi, self.offset, shared**-self.tempering, self.through)
+
+    def constant(self):
+        "A function that rounds as this quantizer does now: its step size stands still and gets no gradient"
+        step = self.step.detach().clone()
+        def rounded(x): return _Round.apply(x, step, self.lo, self.hi, self.offset, 1., self.through)
+        return rounded
 
     def extra_repr(self):
         offset = f" plus {self.offset}" if self.offset else ''

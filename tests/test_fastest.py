@@ -1,0 +1,240 @@
+"The fastest form: what it computes, what it leaves alone, what is remembered, and who stays as it is"
+import copy, json, os, subprocess, sys
+import pytest, torch
+from torch import nn
+from adverfine.networks import fastest as room
+from adverfine.networks.fastest import Faster, fastest
+from adverfine.networks.modes import frozen
+from adverfine.networks.zoo import cnn8, resnet18_cifar
+from adverfine.compression.quantization import quantize
+
+forms = 'as it is', 'channels_last', 'fused', 'bf16', 'fused bf16'
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    "Nothing is remembered, and the user's cache is left alone"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.delenv('ADVERFINE_FASTEST', raising=False)
+    monkeypatch.setattr(room, '_known', {})
+    torch.manual_seed(0)
+    return tmp_path/'adverfine'/'fastest.json'
+
+@pytest.fixture
+def timed(monkeypatch):
+    "Seconds of each form, in place of what a clock would say, and how often it was asked"
+    seconds,calls = dict.fromkeys(forms, 1.),[]
+    def times(made, x):
+        calls.append(list(made))
+        return {name: seconds[name] for name in made}
+    monkeypatch.setattr(room, '_times', times)
+    monkeypatch.setattr(room, 'bf16_is_fast', lambda device: True)
+    return seconds,calls
+
+def _small(): return cnn8(size=8),torch.rand(16, 1, 8, 8)
+
+def _input_gradient(m, x):
+    z = x.clone().requires_grad_()
+    with frozen(m): return torch.autograd.grad(m(z).float().logsumexp(1).sum(), z)[0]
+
+def _bn_resnet():
+    net,x = resnet18_cifar(),torch.rand(4, 3, 16, 16)
+    for _ in range(3): net(x)
+    return net,x
+
+@pytest.mark.parametrize('make', [_small, _bn_resnet])
+@pytest.mark.parametrize('name', forms)
+def test_forms_compute_what_the_network_does(make, name, monkeypatch):
+    net,x = make()
+    net.train()
+    before = {k: v.clone() for k,v in net.state_dict().items()}
+    strides,state = [p.stride() for p in net.parameters()],torch.get_rng_state()
+    monkeypatch.setenv('ADVERFINE_FASTEST', name)
+    fast = fastest(net, x)
+    if fast.name!=name: pytest.skip(f'{name} cannot be had on this processor')
+    assert isinstance(fast, Faster) and fast.bf16==('bf16' in name) and repr(fast)==f'Faster({name!r})'
+
+    assert net.training and all(m.training for m in net.modules()) and all(p.requires_grad for p in net.parameters())
+    assert [p.stride() for p in net.parameters()]==strides and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+
+    gradient = _input_gradient(net, x)
+    with torch.no_grad(): logits,right = fast(x),net.eval()(x)
+    assert logits.dtype==torch.float32
+    if fast.bf16:
+        assert (logits-right).abs().max() < .05*right.abs().max()
+        assert nn.functional.cosine_similarity(_input_gradient(fast, x).flatten(), gradient.flatten(), 0)>.9
+    else:
+        assert torch.equal(logits.argmax(1), right.argmax(1))
+        torch.testing.assert_close(logits, right, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(_input_gradient(fast, x), gradient, rtol=1e-3, atol=1e-5)
+
+    with torch.no_grad():           # weights are those of then, whatever becomes of the network
+        for p in net.parameters(): p.zero_()
+    assert torch.equal(fast(x), logits) or fast.bf16 and torch.allclose(fast(x), logits)
+
+@pytest.mark.parametrize('bits', [4, 1])
+def test_a_network_that_rounds_is_never_rounded_otherwise(bits, timed):
+    seconds,calls = timed
+    net,x = _small()
+    quantize(net, bits, [x])
+    seconds['fused'] = .5
+    fast = fastest(net, x)
+    assert calls==[['fused', 'channels_last', 'as it is']] and fast.name=='fused' and not fast.bf16
+    with torch.no_grad(): assert torch.equal(fast(x).argmax(1), net.eval()(x).argmax(1))
+    assert fastest(net, x, bf16=True).bf16      # unless one insists
+
+def test_bf16_has_to_be_worth_it(timed, monkeypatch):
+    seconds,calls = timed
+    net,x = _small()
+    seconds |= {'channels_last': .8, 'bf16': .75, 'fused bf16': 9.}
+    assert fastest(net, x).name=='channels_last'
+    room._known.clear()
+    room._file().unlink()
+    seconds['bf16'] = .6
+    assert fastest(net, x).name=='bf16'
+    assert fastest(net, x, bf16=False).name=='channels_last'
+    monkeypatch.setattr(room, 'bf16_is_fast', lambda device: False)
+    assert fastest(net, x).name=='channels_last' and 'bf16' not in str(calls[-1])
+
+def test_it_is_timed_once(timed, fresh):
+    seconds,calls = timed
+    net,x = _small()
+    seconds['channels_last'] = .1
+    assert [fastest(net, x, bf16=False).name for _ in range(3)]==['channels_last']*3 and len(calls)==1
+    assert fastest(cnn8(size=8), torch.rand_like(x), bf16=False).name=='channels_last' and len(calls)==1   # of its kind
+    seconds['fused'] = .01
+    room._known.clear()                         # another process
+    assert fastest(net, x, bf16=False).name=='channels_last' and len(calls)==1
+    others = (net, x[:3]), (nn.Sequential(net, nn.Identity()), x)
+    assert [fastest(*o, bf16=False).name for o in others]==['fused']*2 and len(calls)==3
+    assert len(json.loads(fresh.read_text()))==3
+
+@pytest.mark.parametrize('content', [
+    '', 'no JSON', '[1]', '{"KEY": 3}', '{"KEY": {}}', '{"KEY": {"fused": "fast"}}', '{"KEY": {"fused": NaN}}',
+    '{"KEY": {"fused": -1.0}}', '{"KEY": {"eval": 1.0}}', b'\xff\xfe', '['*100_000])
+def test_a_damaged_file_does_no_harm(content, timed, fresh):
+    _,calls = timed
+    net,x = _small()
+    names = room._candidates(net, x, False)
+    fresh.parent.mkdir()
+    if isinstance(content, str): content = content.replace('KEY', room._key(net, x, names)).encode()
+    fresh.write_bytes(content)
+    fastest(net, x, bf16=False)
+    assert len(calls)==1 and set(json.loads(fresh.read_text()))=={room._key(net, x, names)}
+
+def test_a_file_that_cannot_be_written_does_no_harm(timed, fresh):
+    net,x = _small()
+    fresh.parent.write_text('a file where the folder should be')
+    assert fastest(net, x).name in forms and fastest(net, x).name in forms and len(timed[1])==1
+
+def test_the_file_does_not_grow_for_ever(fresh):
+    for k in range(3): room._keep(f'new{k}', dict(fused=1.))
+    room.write_atomic(fresh, json.dumps({str(k): dict(fused=1.) for k in range(5000)}))
+    room._keep('last', dict(fused=2.))
+    kept = json.loads(fresh.read_text())
+    assert len(kept)==1000 and kept['last']==dict(fused=2.) and '0' not in kept
+
+def test_slow_networks_run_a_few_times_only(monkeypatch):
+    "Eight passes of the slowest at most, and those that cannot win run once"
+    now,passes = [0.],[]
+    cost = {'as it is': 10., 'channels_last': 9., 'fused': 8., 'bf16': 30., 'fused bf16': 8.5}
+    def seconds(network, x):
+        passes.append(network)
+        now[0] += cost[network]
+        return cost[network]
+    monkeypatch.setattr(room, '_seconds', seconds)
+    monkeypatch.setattr(room.time, 'perf_counter', lambda: now[0])
+    assert room._times({name: name for name in forms}, None)==cost
+    assert len(passes)==8 and passes.count('bf16')==1
+    passes.clear()
+    cost = {name: o/10_000 for name,o in cost.items()}      # of a fast network the warm-up does not count
+    room._times({name: name for name in forms}, None)
+    assert passes.count('bf16')==2 and passes.count('fused')==7
+
+class Choosy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+    def forward(self, x): return (self.conv(x) if x.mean()>0 else x).mean((2,3))
+
+class Uncopied(Choosy):
+    def __deepcopy__(self, memo): raise TypeError("there is one of me")
+
+class Rounded(Choosy):
+    "Without a gradient"
+    def forward(self, x): return self.conv(x).mean((2,3)).detach()
+
+def test_who_stays_as_it_is(recwarn):
+    net,x = _small()
+    hooked,backward,replaced,compiled,within = (copy.deepcopy(net) for _ in range(5))
+    hooked[1].register_forward_hook(lambda m, i, o: o*2)
+    backward[2].register_full_backward_hook(lambda m, i, o: None)
+    replaced.forward = lambda x: nn.Sequential.forward(replaced, x)*2
+    compiled.compile()
+    within[0].compile()
+    def function(x): return net(x)
+    stay = hooked, backward, replaced, compiled, within, torch.compile(net), function, Uncopied(), Rounded()
+    for m in stay:
+        fast = fastest(m, x)
+        assert fast.name=='as it is' and fast.network is m and not fast.bf16
+    for m in (hooked, backward, replaced): assert torch.equal(fastest(m, x)(x), m(x))
+    assert fastest(net.double(), x.double()).name=='as it is'
+    assert not [o for o in recwarn if 'crafted on as it is' in str(o.message)]
+
+def test_a_network_that_cannot_be_traced_has_other_forms(timed):
+    timed[0]['channels_last'] = .1
+    x = torch.rand(4, 1, 8, 8)
+    net = Choosy()
+    fast = fastest(net, x, bf16=False)
+    assert fast.name=='channels_last' and timed[1]==[['channels_last', 'as it is']]
+    torch.testing.assert_close(fast(-x), net(-x))
+
+def test_a_form_that_says_something_else_is_not_used(timed):
+    "As of a network that asks how its images lie in memory"
+    class Looks(Choosy):
+        def forward(self, x):
+            flat = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            return self.conv(x).mean((2,3))*(2 if flat else 1)
+    net = Looks()
+    net.conv = nn.Conv2d(3, 8, 3)
+    timed[0]['channels_last'] = .1
+    assert fastest(net, torch.rand(4, 3, 8, 8), bf16=False).name!='channels_last'
+    assert 'channels_last' not in timed[1][0]
+
+def test_the_environment_has_the_last_word_but_one(timed, monkeypatch):
+    net,x = _small()
+    for name in forms:
+        monkeypatch.setenv('ADVERFINE_FASTEST', name)
+        assert fastest(net, x).name in (name, 'as it is')
+        assert fastest(net, x, bf16='bf16' not in name).bf16==('bf16' not in name)  # an argument is the last
+    assert all(len(o)!=1 for o in timed[1])     # no form is timed alone
+    timed[1].clear()
+    monkeypatch.setenv('ADVERFINE_FASTEST', 'untimed')
+    assert fastest(net, x, bf16=False).name in ('fused', 'channels_last') and not timed[1]
+    monkeypatch.setenv('ADVERFINE_FASTEST', 'eager')
+    with pytest.raises(ValueError, match="ADVERFINE_FASTEST='eager' is no form of a network: use 'untimed' or one of"):
+        fastest(net, x)
+
+def test_within_no_grad_and_inference_mode():
+    net,x = _small()
+    for mode in torch.no_grad, torch.inference_mode:
+        room._known.clear()
+        room._file().unlink(missing_ok=True)
+        with mode(): fast = fastest(net, x+0)
+        assert _input_gradient(fast, x).any()
+
+def test_another_process_chooses_alike(fresh):
+    "By the file, without timing"
+    code = '''
+import torch
+from adverfine.networks import fastest as room
+from adverfine.networks.zoo import cnn8
+if {again}: room._times = None
+print(room.fastest(cnn8(size=8), torch.rand(16, 1, 8, 8)).name)'''
+    said = []
+    for again in False, True:
+        out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code.format(again=again)], capture_output=True,
+                             text=True, env=dict(os.environ))
+        assert not out.returncode, out.stderr
+        said.append(out.stdout.strip())
+    assert said[0]==said[1] and said[0] in forms

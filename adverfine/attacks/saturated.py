@@ -64,7 +64,7 @@ def hessian_temperature(
         largest = torch.maximum(norm, largest)
     return torch.where(out.argmax(1)==y, best, 1.)
 
-# %% ../../nbs/attacks/07_saturated.ipynb #4abc967c
+# %% ../../nbs/attacks/07_saturated.ipynb #def88c34
 class _Tempered:
     "A network with temperature, which is chosen at the first images that it is shown"
     def __init__(self, attack, model, y): self.attack,self.model,self.y,self.beta = attack,model,y,None
@@ -82,6 +82,7 @@ class _Tempered:
         if self.attack.scaling=='njs': return jacobian_temperature(jacobian(self.model, x[:100]))
         return hessian_temperature(out, self.y, jacobian(self.model, x))
 
+# %% ../../nbs/attacks/07_saturated.ipynb #10787be2
 @dataclass(frozen=True)
 class PGDPlusPlus(PGD):
     "PGD on logits with a temperature, for saturated networks; [arXiv 2003.13511](https://arxiv.org/abs/2003.13511)"

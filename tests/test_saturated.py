@@ -9,7 +9,7 @@ from adverfine.data.sources import digits_dls
 from adverfine.attacks.attack import input_grad
 from adverfine.attacks.gradient import PGD
 from adverfine.attacks.saturated import PGDPlusPlus, hessian_temperature, jacobian, jacobian_temperature
-from adverfine.attacks.saturated import unsure_temperature
+from adverfine.attacks.saturated import _Tempered, unsure_temperature
 from adverfine.attacks.scoring import score
 import adverfine.compression.quantization, fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs
 
@@ -50,10 +50,10 @@ def test_the_right_class_stays_away_from_certainty():
 
 def test_the_temperature_of_the_largest_hessian():
     "Every number of the grid, with the Hessian by double differentiation"
-    net,x = _pieces(30.),_images()
+    net,x = _pieces(30.),_images(24)
     y = net(x).argmax(1)
     found = hessian_temperature(net(x).detach(), y, jacobian(net, x).double())
-    for i in range(6):
+    for i in range(24):
         top = net(x[i:i+1])[0].topk(2).values.tolist()
         gap,d = top[0]-top[1],4
         low,high = (-math.log(rest/((1-rest)*(d-1)))/gap for rest in (1-1/d-.01, 1e-72))
@@ -65,7 +65,7 @@ def test_the_temperature_of_the_largest_hessian():
         k = max(range(100), key=norms.__getitem__)
         assert 0<k<99
         torch.testing.assert_close(found[i].item(), low+(high-low)*k/99, rtol=1e-5, atol=0)
-    assert hessian_temperature(net(x).detach(), (y+1)%4, jacobian(net, x).double()).tolist()==[1]*6
+    assert hessian_temperature(net(x).detach(), (y+1)%4, jacobian(net, x).double()).tolist()==[1]*24
 
 @pytest.mark.parametrize('scaling', ['njs', 'hns'])
 @pytest.mark.parametrize('classes', [2, 4])
@@ -85,6 +85,13 @@ def test_the_steps_are_those_of_pgd_on_scaled_logits(scaling, classes):
         grad = input_grad(lambda o: beta[:,None]*net(o), x_adv, y)
         x_adv = attack.threat.project(x_adv+2.5*.1/4*grad.sign(), x)
     torch.testing.assert_close(found, x_adv, rtol=1e-5, atol=1e-6)
+
+def test_the_jacobian_is_that_of_the_first_hundred_images():
+    net,x = _pieces(),_images(130).requires_grad_()
+    tempered = _Tempered(PGDPlusPlus(.1), net, net(x).argmax(1))
+    beta = jacobian_temperature(jacobian(net, x[:100]))
+    torch.testing.assert_close(tempered(x), beta*net(x).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tempered(x[:130]*.5), beta*net(x*.5).float(), rtol=1e-5, atol=1e-6)
 
 class Large(nn.Module):
     "The same decisions, and a softmax that is 0 or 1"

@@ -17,6 +17,7 @@ from .attacks.adaptive import EOT, Transfer
 from .attacks.torchattacks import TorchAttack
 from .attacks.apgd import APGD
 from .attacks.fab import FAB
+from .attacks.fmn import FMN
 from .attacks.square import Square
 from .attacks.autoattack import AutoAttack
 from .compression.importance import Taylor

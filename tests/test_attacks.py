@@ -3,13 +3,16 @@ import copy
 from functools import partial
 import pytest, torch, torchattacks
 from torch import Tensor, nn
-from fastai.vision.all import Learner, set_seed
+from fastai.vision.all import Learner, TensorImage, set_seed
 from adverfine.threat import pixel_space
 from adverfine.networks.zoo import cnn8
 from adverfine.networks.modes import evaluating
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.attacks.adaptive import EOT
+from adverfine.attacks.saturated import PGDPlusPlus
+from adverfine.attacks.fmn import FMN
 from adverfine.evaluation.robustness import evaluate
 from adverfine.evaluation.metric import RobustAccuracy
 from adverfine.training.acceleration import BF16
@@ -72,13 +75,17 @@ def test_strength_does_not_depend_on_the_batch_size(model, many):
 @pytest.mark.parametrize('eps', [0, .03, 1])
 def test_budget(model, images, norm, eps):
     x,y = (o[:32] for o in images)
-    for attack in (FGSM(eps, norm=norm), PGD(eps, steps=3, norm=norm), PGD(eps, steps=3, restarts=2, norm=norm)):
+    for attack in (FGSM(eps, norm=norm), PGD(eps, steps=3, norm=norm), PGD(eps, steps=3, restarts=2, norm=norm),
+            EOT(PGD(eps, steps=3, norm=norm), samples=2), FMN(eps, steps=3, norm=norm),
+            *(PGDPlusPlus(eps, steps=3, scaling=o, norm=norm) for o in ('njs', 'hns'))):
         attack.threat.check(attack(model, x, y), x)
 
 def test_zero_gradients_do_not_make_nan(images):
     x,y = images
     blind = lambda x: x.sum()*0 + torch.zeros(len(x), 10)
-    for norm in ('linf', 'l2'): assert PGD(.1, norm=norm)(blind, x, y).isfinite().all()
+    for norm in ('linf', 'l2'):
+        for attack in PGD(.1, norm=norm), PGDPlusPlus(.1, norm=norm), FMN(.1, norm=norm), EOT(PGD(.1, norm=norm), 2):
+            assert attack(blind, x, y).isfinite().all()
 
 class Fussy(nn.Module):
     "Has a frozen BatchNorm, dropout, a frozen parameter and gradients; raises on its third call"
@@ -101,6 +108,9 @@ class Fussy(nn.Module):
 
 @pytest.mark.parametrize('use', [
     lambda m,x,y: PGD(.1, steps=5)(m, x, y),
+    lambda m,x,y: EOT(PGD(.1, steps=5), samples=2)(m, x, y),
+    lambda m,x,y: FMN(.01, steps=5).distances(m, x, y),
+    lambda m,x,y: PGDPlusPlus(.1, steps=5)(m, x, y),
     lambda m,x,y: evaluate(m, x, y, PGD(.1, steps=5))])
 def test_nothing_is_left_behind(images, use):
     x = images[0][:8]
@@ -119,10 +129,14 @@ def test_nothing_is_left_behind(images, use):
 
 def test_gradients_are_on_whatever_the_caller_does(model, images):
     x,y = (o[:64] for o in images)
-    with torch.no_grad(): a = PGD(.1, random_start=False)(model, x, y)
-    with torch.inference_mode(): b = PGD(.1, random_start=False)(model, x.clone(), y)
-    c = PGD(.1, random_start=False)(model, x, y)
-    assert torch.equal(a, c) and torch.equal(b, c) and not c.requires_grad
+    pgd = PGD(.1, random_start=False)
+    for attack in (pgd, EOT(pgd, samples=2), FMN(.1, steps=10), PGDPlusPlus(.1, random_start=False),
+            PGDPlusPlus(.1, random_start=False, scaling='hns')):
+        with torch.no_grad(): a = attack(model, x, y)
+        with torch.inference_mode(): b = attack(model, x.clone(), y)
+        c = attack(model, x, y)
+        assert torch.equal(a, c) and torch.equal(b, c) and not c.requires_grad
+        assert type(attack(model, TensorImage(x), y)) is Tensor
 
 def test_own_generator_leaves_the_global_one_alone(model, images):
     x,y = (o[:8] for o in images)

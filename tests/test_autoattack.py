@@ -5,7 +5,7 @@ from torch import nn
 from adverfine.threat import ThreatModel
 from adverfine.attacks.attack import Attack, cross_entropy, value_and_grad
 from adverfine.attacks.losses import dlr, margin, probability_margin, targeted_dlr
-from adverfine.attacks.scoring import ranked_classes, Standing
+from adverfine.attacks.standing import ranked_classes, Standing
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.fab import FAB, to_plane
 from adverfine.attacks.square import _L2Search, _LinfSearch, _bump, _Draw, Square

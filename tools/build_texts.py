@@ -13,7 +13,7 @@ wings = tomllib.loads((nbs/'wings.toml').read_text(encoding='utf-8'))
 def read(path): return path.read_text(encoding='utf-8')
 
 def pages(wing):
-    "Module and notebook of each room of `wing`: (attacks.apgd, attacks/06_apgd.ipynb)"
+    "Module and notebook of each room of `wing`: (attacks.apgd, attacks/07_apgd.ipynb)"
     rooms = wings[wing]['rooms']
     if rooms!=[wing]: return [(f'{wing}.{o}', f'{wing}/{i:02d}_{o}.ipynb') for i,o in enumerate(rooms)]
     alone = [k for k,w in wings.items() if w['rooms']==[k]]

@@ -16,9 +16,9 @@ from fastai.data.transforms import Normalize
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/00_threat.ipynb #e5bad468
+# %% ../nbs/00_threat.ipynb #1c8a4d71
 norm_names = dict(linf='l-inf', l2='l2', l1='l1', l0='l0')
-_limits = dict(l2='the Euclidean length of the change', l1='the sum of all changes', l0='the number of pixels that change')
+_limits = dict(l2='the length of the change', l1='the sum of all changes', l0='the number of pixels that change')
 
 @dataclass(frozen=True)
 class ThreatModel:
@@ -148,7 +148,7 @@ def check(self:ThreatModel, x_adv:Tensor, x:Tensor, who:str='the attack'):
                          f"{who} left its budget")
     if self.clamp: check_images(x_adv)
 
-# %% ../nbs/00_threat.ipynb #1e5142c9
+# %% ../nbs/00_threat.ipynb #ed2c39d9
 @patch
 def steepest(self:ThreatModel,
     grad:Tensor, # Gradient of a loss (N,C,H,W)
@@ -160,7 +160,7 @@ def steepest(self:ThreatModel,
     if x is not None and self.clamp: grad = grad.masked_fill(torch.where(grad<0, x<=0, x>=1), 0)
     size = grad.abs()
     if self.norm=='l0':
-        top = size.sum(1).flatten(1).topk(min(max(int(self.eps), 1), size[0,0].numel())).values.sum(1)
+        top = size.mean(1).flatten(1).topk(min(max(int(self.eps), 1), size[0,0].numel())).values.sum(1)
         return grad/top.clamp_min(1e-12).view(-1, 1, 1, 1)
     chosen = grad.sign()*_most(size.flatten(1), max(round(self.eps), 1)).view_as(grad)
     return chosen/chosen.abs().sum((1,2,3), keepdim=True).clamp_min(1)

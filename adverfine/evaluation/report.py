@@ -7,13 +7,13 @@ Docs: https://adverfine.github.io/adverfine/evaluation/report.html.md"""
 # %% auto #0
 __all__ = ['page_css', 'half_width', 'RobustnessReport', 'png_tag', 'robustness_page']
 
-# %% ../../nbs/evaluation/02_report.ipynb #84faf032
+# %% ../../nbs/evaluation/02_report.ipynb #e11319fe
 import base64, io, json
 from dataclasses import dataclass, field
 from html import escape
 import pandas as pd
 from fastcore.basics import patch
-from ..threat import ThreatModel
+from ..threat import norm_names, ThreatModel
 from ..files import write_atomic
 
 # %% ../../nbs/evaluation/02_report.ipynb #83107c3f
@@ -92,7 +92,7 @@ def to_json(self:RobustnessReport,
     if path is not None: write_atomic(path, text)
     return text
 
-# %% ../../nbs/evaluation/02_report.ipynb #177f9bab
+# %% ../../nbs/evaluation/02_report.ipynb #1d1dca60
 def _accuracy_panel(ax, report):
     if report.curve:
         look = dict(color='#4477aa', ms=3.5, lw=1.4, label='PGD-10, sample')
@@ -100,8 +100,7 @@ def _accuracy_panel(ax, report):
     point = dict(fmt='D', ms=5, capsize=3)
     ax.errorbar([0], [report.clean], [report.clean_ci], color='#228855', label='clean', **point)
     ax.errorbar([report.threat.eps], [report.robust], [report.robust_ci], color='#cc6644', label='robust', **point)
-    norm = 'l-inf' if report.threat.norm=='linf' else 'l2'
-    ax.set(xlabel=f"eps ({norm}, pixels)", ylabel='accuracy', ylim=(0, 1.03))
+    ax.set(xlabel=f"eps ({norm_names[report.threat.norm]}, pixels)", ylabel='accuracy', ylim=(0, 1.03))
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False, fontsize=8)

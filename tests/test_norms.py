@@ -2,7 +2,6 @@
 from itertools import combinations
 import numpy as np
 import pytest, torch
-from scipy.optimize import minimize
 from adverfine.threat import norm_names, ThreatModel
 from adverfine.attacks.gradient import PGD
 
@@ -109,13 +108,15 @@ def test_l1_projection_against_a_bisection(eps, clamp):
 
 def test_l1_projection_against_a_general_solver():
     "scipy's SLSQP, with a positive and a negative part of each change as variables"
+    optimize = pytest.importorskip('scipy.optimize')
     for seed in range(8):
         x = _rand(1, 1, 1, 5, seed=seed)
         far = (x + _noise(x, seed+50)).flatten().numpy()
         def away(v): return ((x.flatten().numpy()+v[:5]-v[5:]-far)**2).sum()
         bounds = [(0, 1-o) for o in x.flatten().tolist()]+[(0, o) for o in x.flatten().tolist()]
         budget = dict(type='ineq', fun=lambda v: .8-v.sum())
-        v = minimize(away, np.full(10, .01), bounds=bounds, constraints=budget, options=dict(ftol=1e-14, maxiter=500)).x
+        exactly = dict(ftol=1e-14, maxiter=500)
+        v = optimize.minimize(away, np.full(10, .01), bounds=bounds, constraints=budget, options=exactly).x
         ours = ThreatModel(.8, 'l1').project(torch.tensor(far).view_as(x), x)-x
         np.testing.assert_allclose(ours.flatten().numpy(), v[:5]-v[5:], atol=1e-6)
 

@@ -16,7 +16,13 @@ from fastcore.basics import patch
 from ..threat import ThreatModel, check_images, check_takes_pixels, norm_names
 from ..networks.modes import evaluating, frozen
 
-# %% ../../nbs/attacks/00_attack.ipynb #e912d42c
+# %% ../../nbs/attacks/00_attack.ipynb #7069d876
+def _check_norm(attack, threat):
+    "Raise a `ValueError` unless `attack` works in the norm of its `threat`"
+    if threat.norm in attack.norms: return
+    raise ValueError(f"{type(attack).__name__} works in {' and '.join(map(repr, attack.norms))}, not with "
+                     f"norm={threat.norm!r}: use PGD or Square, such as PGD({threat.eps}, norm={threat.norm!r})")
+
 def _check_labels(attack, x, y):
     "Raise a `ValueError` unless `y` are labels for `x`, or probabilities where the attack takes them"
     probabilities = y.dim()==2 and y.is_floating_point()
@@ -27,7 +33,7 @@ def _check_labels(attack, x, y):
     if len(y)!=len(x) or not (probabilities or whole):
         raise ValueError(f"labels must be {len(x)} whole numbers, not {y.dtype} of shape {tuple(y.shape)}")
 
-# %% ../../nbs/attacks/00_attack.ipynb #f0edff4a
+# %% ../../nbs/attacks/00_attack.ipynb #a02b6999
 @dataclass(frozen=True)
 class Attack:
     "Base of all attacks: says what the adversary may do, checks what goes in and leaves the model as it was"
@@ -38,11 +44,7 @@ class Attack:
     norm:str = field(default='linf', kw_only=True)   # 'linf', 'l2', 'l1' or 'l0'
     clamp:bool = field(default=True, kw_only=True)   # Keep images in [0,1]? See `ThreatModel`
 
-    def __post_init__(self):
-        threat = self.threat
-        if self.norm not in self.norms:
-            raise ValueError(f"{type(self).__name__} works in {' and '.join(map(repr, self.norms))}, not with norm="
-                             f"{self.norm!r}: use PGD or Square, such as PGD({threat.eps}, norm={self.norm!r})")
+    def __post_init__(self): _check_norm(self, self.threat)
 
     @property
     def threat(self) -> ThreatModel: return ThreatModel(self.eps, self.norm, self.clamp)

@@ -97,7 +97,10 @@ class _L1Search(_L2Search):
         long = (self.attack.eps/d.abs().sum((1,2,3), keepdim=True).clamp_min(1e-12)).clamp_min(1)
         return self.attack.threat.project(x + long*d, x)
 
-# %% ../../nbs/attacks/08_square.ipynb #22257286
+# %% ../../nbs/attacks/08_square.ipynb #fd7178c9
+_schedule = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # After each of these queries less is changed at once
+_exchanged = (2, 4, 5, 6, 8, 10, 12, 15, 20)                  # In l0 so much less; elsewhere half as much each time
+
 class _L0Search:
     "Pixels at the corners of the range, of which some change places with others"
     def __init__(self, attack, draw): self.attack,self.draw = attack,draw
@@ -123,10 +126,8 @@ class _L0Search:
         chosen = torch.zeros_like(adv[:,0].flatten(1), dtype=torch.bool).scatter_(1, pixels, True)
         return torch.where(chosen.view_as(adv[:,:1]), values, adv)
 
-# %% ../../nbs/attacks/08_square.ipynb #9aa5ac1c
+# %% ../../nbs/attacks/08_square.ipynb #a8547a42
 _searches = dict(linf=_LinfSearch, l2=_L2Search, l1=_L1Search, l0=_L0Search)
-_schedule = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # After each of these queries less is changed at once
-_exchanged = (2, 4, 5, 6, 8, 10, 12, 15, 20)                  # In l0 so much less; elsewhere half as much each time
 
 @dataclass(frozen=True)
 class Square(Attack):

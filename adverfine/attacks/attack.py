@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from ..threat import ThreatModel, check_images, check_takes_pixels, norm_names
 from ..networks.modes import evaluating, frozen
 
-# %% ../../nbs/attacks/00_attack.ipynb #7069d876
-def _check_norm(attack, threat):
+# %% ../../nbs/attacks/00_attack.ipynb #49d30238
+def _check_offered(attack, threat):
     "Raise a `ValueError` unless `attack` works in the norm of its `threat`"
     if threat.norm in attack.norms: return
     raise ValueError(f"{type(attack).__name__} works in {' and '.join(map(repr, attack.norms))}, not with "
@@ -33,7 +33,7 @@ def _check_labels(attack, x, y):
     if len(y)!=len(x) or not (probabilities or whole):
         raise ValueError(f"labels must be {len(x)} whole numbers, not {y.dtype} of shape {tuple(y.shape)}")
 
-# %% ../../nbs/attacks/00_attack.ipynb #a02b6999
+# %% ../../nbs/attacks/00_attack.ipynb #c42fe4f4
 @dataclass(frozen=True)
 class Attack:
     "Base of all attacks: says what the adversary may do, checks what goes in and leaves the model as it was"
@@ -44,7 +44,7 @@ class Attack:
     norm:str = field(default='linf', kw_only=True)   # 'linf', 'l2', 'l1' or 'l0'
     clamp:bool = field(default=True, kw_only=True)   # Keep images in [0,1]? See `ThreatModel`
 
-    def __post_init__(self): _check_norm(self, self.threat)
+    def __post_init__(self): _check_offered(self, self.threat)
 
     @property
     def threat(self) -> ThreatModel: return ThreatModel(self.eps, self.norm, self.clamp)

@@ -115,7 +115,7 @@ def _evaluate(args):
     if args.html: write_atomic(args.html, robustness_page(result, args.model))
     print(result.to_json() if args.json else result)
 
-# %% ../nbs/02_cli.ipynb #b1485dbb
+# %% ../nbs/02_cli.ipynb #f9c58ea4
 def _add_evaluate(commands):
     add = _command(commands, _evaluate,
                    'attack a saved network: clean and robust accuracy, and whether to believe them')
@@ -123,8 +123,8 @@ def _add_evaluate(commands):
     add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10; its test images are taken')
     add('--attack', nargs='+', default=['autoattack'], metavar='NAME',
         help=f"of {', '.join(_attacks)}; default: autoattack")
-    add('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05')
-    add('--norm', default='linf', help='linf or l2')
+    add('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05; in l0 a number of pixels')
+    add('--norm', default='linf', help='linf, l2, l1 or l0')
     add('--n', type=int, help='only so many test images, drawn at random')
     add('--seed', type=int, default=0, help="of that draw and of the attacks' random starts")
     add('--onnx', metavar='FILE', help='score on this file instead, which adverfine export has made of the network: '

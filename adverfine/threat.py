@@ -7,8 +7,8 @@ Docs: https://adverfine.github.io/adverfine/threat.html.md"""
 # %% auto #0
 __all__ = ['norm_names', 'ThreatModel', 'check_images', 'PixelSpace', 'PixelModel', 'pixel_space', 'check_takes_pixels']
 
-# %% ../nbs/00_threat.ipynb #e8a04e6d
-from dataclasses import dataclass
+# %% ../nbs/00_threat.ipynb #590d8e0b
+from dataclasses import dataclass, replace
 from functools import partial
 from fastcore.basics import patch
 from fastai.data.core import TfmdDL
@@ -16,31 +16,79 @@ from fastai.data.transforms import Normalize
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/00_threat.ipynb #b93f9b04
-norm_names = dict(linf='l-inf', l2='l2')
+# %% ../nbs/00_threat.ipynb #1c8a4d71
+norm_names = dict(linf='l-inf', l2='l2', l1='l1', l0='l0')
+_limits = dict(l2='the length of the change', l1='the sum of all changes', l0='the number of pixels that change')
 
 @dataclass(frozen=True)
 class ThreatModel:
     "What the adversary may do: move an image by at most `eps` in `norm`, staying within the pixel range"
-    eps:float         # Radius of the ball in pixels, 0 to 1; 8/255 is a common choice
-    norm:str='linf'   # 'linf': the largest change of any value; 'l2': the Euclidean length of the whole change
+    eps:float         # Radius of the ball in pixels, such as 8/255; for 'l0' a whole number
+    norm:str='linf'   # 'linf': the largest change of any value; others: 'l2' length, 'l1' sum, 'l0' number of pixels
     clamp:bool=True   # Keep images in [0,1]? `False` only to reproduce work that did not
 
     def __post_init__(self):
-        if not 0 <= self.eps <= 1:
-            raise ValueError(f"eps={self.eps} is not in pixels: images lie in [0,1], so write 8/255, not 8, "
-                             "and never a negative number")
         if self.norm not in norm_names:
             raise ValueError(f"norm={self.norm!r} is not offered: use one of {', '.join(map(repr, norm_names))}")
+        if self.norm=='linf' and not 0<=self.eps<=1:
+            raise ValueError(f"eps={self.eps} is not in pixels: images lie in [0,1], so write 8/255, not 8, "
+                             "and never a negative number")
+        if not 0<=self.eps<torch.inf:
+            raise ValueError(f"eps={self.eps} must be 0 or more, and finite: it limits {_limits[self.norm]}")
+        if self.norm=='l0' and self.eps!=int(self.eps):
+            raise ValueError(f"eps={self.eps} must be a whole number: in l0 it limits {_limits['l0']}")
 
     def __str__(self):
-        where = "images kept in [0,1]" if self.clamp else "images may leave [0,1]"
-        return f"{norm_names[self.norm]}, eps {self.eps:.4g} in pixels ({self.eps*255:.4g}/255), {where}"
+        return f"{norm_names[self.norm]}, {self.size}, images {'kept in' if self.clamp else 'may leave'} [0,1]"
 
-# %% ../nbs/00_threat.ipynb #bc7d7bf3
-def _length(t):
-    "Euclidean length of each image of `t` (N,C,H,W), shape (N,1,1,1)"
-    return t.flatten(1).norm(dim=1).view(-1, *[1]*(t.dim()-1))
+    @property
+    def size(self) -> str:
+        "`eps` and its unit, in words"
+        if self.norm=='l0': return f"eps {self.eps:.0f} pixel{'s'*(self.eps!=1)}"
+        unit = "summed over the image" if self.norm=='l1' else f"({self.eps*255:.4g}/255)"
+        return f"eps {self.eps:.4g} in pixels {unit}"
+
+    def scaled(self, share:float):
+        "The same threat with `share`, 0 or more, of its `eps`; in l0 rounded down to whole pixels"
+        return replace(self, eps=int(share*self.eps+1e-9) if self.norm=='l0' else share*self.eps)
+
+# %% ../nbs/00_threat.ipynb #5e9e0915
+def _threshold(size, room, eps):
+    "The least t, 0 or more, for which min(max(size-t, 0), room), both (N,n), sums to `eps` at most (N,1)"
+    low,high = torch.zeros_like(size[:,:1]),size.amax(1, keepdim=True)
+    t = low
+    for k in range(60):
+        kept = torch.minimum((size-t).clamp_min(0), room)
+        over = kept.sum(1, keepdim=True)-eps
+        low,high = torch.where(over>0, t, low),torch.where(over>0, high, t)
+        newton = t + over/((kept>0) & (kept<room)).sum(1, keepdim=True).clamp_min(1)
+        middle = (low+high)/2
+        middle = torch.where(middle>low, middle, high)                # two neighbours: the one that is in the budget
+        trusted = (newton>low) & (newton<=high) & ((newton==t) | (k%3<2)) # each third step halves the bracket
+        last,t = t,torch.where(trusted, newton, middle)
+        if (t==last).all(): break
+    return t
+
+def _onto_l1_ball(threat, x, x_adv):
+    d = x_adv-x
+    size = d.abs().flatten(1)
+    room = torch.where(d>0, 1-x, x).flatten(1) if threat.clamp else torch.full_like(size, torch.inf)
+    kept = torch.minimum((size-_threshold(size, room, threat.eps)).clamp_min(0), room)
+    return x + d.sign()*kept.view_as(x)
+
+def _most(t, k):
+    "Where the `k` largest values of each row of `t` (N,n) are, bool (N,n)"
+    return torch.zeros_like(t, dtype=torch.bool).scatter_(1, t.topk(min(int(k), t.shape[1])).indices, True)
+
+def _onto_l0_ball(threat, x, x_adv):
+    inside = x_adv.clamp(0, 1) if threat.clamp else x_adv
+    gain = ((inside-x)*(2*x_adv-inside-x)).sum(1)       # of squares, |x_adv-x|^2 - |x_adv-inside|^2
+    return torch.where(_most(gain.flatten(1), threat.eps).view_as(gain)[:,None], inside, x)
+
+# %% ../nbs/00_threat.ipynb #491d0013
+def _length(t, p=2):
+    "Length of each image of `t` (N,C,H,W) in the norm of order `p`, shape (N,1,1,1)"
+    return t.flatten(1).norm(p=p, dim=1).view(-1, *[1]*(t.dim()-1))
 
 def _onto_l2_ball(threat, x, x_adv):
     d = x_adv-x
@@ -49,30 +97,28 @@ def _onto_l2_ball(threat, x, x_adv):
 
 @patch
 def distance(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
-    "How far each image of `x_adv` is from `x` in this norm, shape (N,)"
+    "How far each image of `x_adv` is from `x` in this norm, shape (N,); in l0 the number of pixels that differ"
     d = (x_adv-x).flatten(1)
-    return d.abs().amax(1) if self.norm=='linf' else d.norm(dim=1)
+    if self.norm=='linf': return d.abs().amax(1)
+    if self.norm!='l0': return d.norm(p=1 if self.norm=='l1' else 2, dim=1)
+    return (x_adv!=x).any(1).flatten(1).sum(1) + 0*d.sum(1) # NaN where an image holds one
 
 @patch
-def projection(self:ThreatModel,
-    x:Tensor, # Clean images (N,C,H,W)
-): # A function of images (N,C,H,W)
+def projection(self:ThreatModel, x:Tensor): # A function of images (N,C,H,W)
     "`project` for many calls with the same clean images: what depends on them alone is done once"
-    if self.norm=='l2': return partial(_onto_l2_ball, self, x)
+    onto_ball = dict(l2=_onto_l2_ball, l1=_onto_l1_ball, l0=_onto_l0_ball)
+    if self.norm in onto_ball: return partial(onto_ball[self.norm], self, x)
     low,high = x-self.eps,x+self.eps
     if self.clamp: low,high = low.clamp_min_(0),high.clamp_max_(1)
-    def onto_box(x_adv): return x_adv.clamp(low, high)
-    return onto_box
+    return partial(torch.clamp, min=low, max=high)
 
 @patch
 def project(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
     "The image nearest to each of `x_adv` (N,C,H,W) that the adversary may choose for `x`"
     return self.projection(x)(x_adv)
 
-# %% ../nbs/00_threat.ipynb #40fc678b
-def check_images(
-    x:Tensor, # Images to be looked at
-):
+# %% ../nbs/00_threat.ipynb #9fcb6967
+def check_images(x:Tensor):
     "Raise a `ValueError` unless `x` is a float batch (N,C,H,W) of finite values in [0,1]"
     if x.dim()!=4 or not x.is_floating_point():
         raise ValueError(f"images must be a float tensor (N,C,H,W), not {x.dtype} of shape {tuple(x.shape)}: "
@@ -86,22 +132,40 @@ def check_images(
                      "and normalise with fastai's Normalize, which is undone by itself")
 
 @patch
+def slack(self:ThreatModel, x:Tensor) -> float:
+    "How far beyond `eps` rounding may have put an image shaped as those of `x` (N,C,H,W)"
+    sums = 1e-7*x[0].numel()**.5 if self.norm=='l1' else 0.
+    return 0. if self.norm=='l0' else 1e-6*max(1., self.eps) + sums
+
+@patch
 def check(self:ThreatModel, x_adv:Tensor, x:Tensor, who:str='the attack'):
     "Raise a `ValueError` if any image of `x_adv` is not one the adversary may choose for `x`"
     if x_adv.shape!=x.shape:
         raise ValueError(f"{who} made images of shape {tuple(x_adv.shape)} from {tuple(x.shape)}")
     far = self.distance(x_adv, x).max().item()
-    if not far<=self.eps+1e-6:
+    if not far<=self.eps+self.slack(x):
         raise ValueError(f"adversarial images are {far:.6g} away in {norm_names[self.norm]}, but eps={self.eps}: "
                          f"{who} left its budget")
     if self.clamp: check_images(x_adv)
 
-# %% ../nbs/00_threat.ipynb #d53b5d47
+# %% ../nbs/00_threat.ipynb #ed2c39d9
 @patch
-def steepest(self:ThreatModel, grad:Tensor) -> Tensor:
-    "The direction of length 1 in this norm along which a loss with gradient `grad` (N,C,H,W) rises fastest"
-    return grad.sign() if self.norm=='linf' else grad/_length(grad).clamp_min(1e-12)
+def steepest(self:ThreatModel,
+    grad:Tensor, # Gradient of a loss (N,C,H,W)
+    x:Tensor|None=None, # Images from which to step: l1 and l0 then waste nothing on values at the edge of the range
+) -> Tensor: # (N,C,H,W)
+    "The direction of length 1 in this norm along which the loss rises fastest; in l1 spread over eps values"
+    if self.norm=='linf': return grad.sign()
+    if self.norm=='l2': return grad/_length(grad).clamp_min(1e-12)
+    if x is not None and self.clamp: grad = grad.masked_fill(torch.where(grad<0, x<=0, x>=1), 0)
+    size = grad.abs()
+    if self.norm=='l0':
+        top = size.mean(1).flatten(1).topk(min(max(int(self.eps), 1), size[0,0].numel())).values.sum(1)
+        return grad/top.clamp_min(1e-12).view(-1, 1, 1, 1)
+    chosen = grad.sign()*_most(size.flatten(1), max(round(self.eps), 1)).view_as(grad)
+    return chosen/chosen.abs().sum((1,2,3), keepdim=True).clamp_min(1)
 
+# %% ../nbs/00_threat.ipynb #b1c73687
 @patch
 def random_start(self:ThreatModel,
     x:Tensor, # Clean images (N,C,H,W)
@@ -109,8 +173,13 @@ def random_start(self:ThreatModel,
 ) -> Tensor:
     "Images drawn at random from the ball around `x`, then kept in the pixel range"
     kw = dict(generator=generator, device=x.device, dtype=x.dtype)
-    if self.norm=='linf': d = (torch.rand(x.shape, **kw)*2-1)*self.eps
-    else: d = self.steepest(torch.randn(x.shape, **kw))*self.eps*torch.rand(len(x), 1, 1, 1, **kw)
+    if self.norm=='linf': return self.project(x + (torch.rand(x.shape, **kw)*2-1)*self.eps, x)
+    if self.norm=='l0':
+        chosen = _most(torch.rand(len(x), x[0,0].numel(), **kw), self.eps).view_as(x[:,:1])
+        return torch.where(chosen, torch.rand(x.shape, **kw), x)
+    d = torch.randn(x.shape, **kw)
+    if self.norm=='l1': d = d.sign()*torch.empty_like(d).exponential_(generator=generator)
+    d = d/_length(d, int(self.norm[1])).clamp_min(1e-12)*self.eps*torch.rand(len(x), 1, 1, 1, **kw)
     return self.project(x+d, x)
 
 # %% ../nbs/00_threat.ipynb #f4bb4c3f

@@ -9,7 +9,7 @@ from adverfine.networks.zoo import cnn8
 from adverfine.networks.modes import evaluating
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
-from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.attacks.gradient import FGSM, FGSMRS, PGD
 from adverfine.attacks.adaptive import EOT
 from adverfine.attacks.saturated import PGDPlusPlus
 from adverfine.attacks.fmn import FMN
@@ -71,18 +71,21 @@ def test_strength_does_not_depend_on_the_batch_size(model, many):
     a,b = (evaluate(model, *many, ours['l2'](random_start=False), bs=bs).robust for bs in (32, 2000))
     assert abs(a-b) <= .002
 
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
-@pytest.mark.parametrize('eps', [0, .03, 1])
+@pytest.mark.parametrize('eps,norm', [*((eps, norm) for eps in (0, .03, 1) for norm in ('linf', 'l2', 'l1')),
+                                      (30., 'l2'), (30., 'l1'), (0, 'l0'), (1, 'l0'), (9, 'l0'), (1000, 'l0')])
 def test_budget(model, images, norm, eps):
     x,y = (o[:32] for o in images)
-    for attack in (FGSM(eps, norm=norm), PGD(eps, steps=3, norm=norm), PGD(eps, steps=3, restarts=2, norm=norm),
-            EOT(PGD(eps, steps=3, norm=norm), samples=2), FMN(eps, steps=3, norm=norm),
-            *(PGDPlusPlus(eps, steps=3, scaling=o, norm=norm) for o in ('njs', 'hns'))):
+    attacks = [FGSM(eps, norm=norm), FGSMRS(eps, norm=norm), PGD(eps, steps=3, norm=norm),
+               PGD(eps, steps=3, restarts=2, norm=norm), EOT(PGD(eps, steps=3, norm=norm), samples=2)]
+    if norm in ('linf', 'l2'):
+        attacks += [FMN(eps, steps=3, norm=norm), *(PGDPlusPlus(eps, steps=3, scaling=o, norm=norm) for o in ('njs', 'hns'))]
+    for attack in attacks:
         attack.threat.check(attack(model, x, y), x)
 
 def test_zero_gradients_do_not_make_nan(images):
     x,y = images
     blind = lambda x: x.sum()*0 + torch.zeros(len(x), 10)
+    for norm in ('linf', 'l2', 'l1', 'l0'): assert PGD(1, norm=norm)(blind, x, y).isfinite().all()
     for norm in ('linf', 'l2'):
         for attack in PGD(.1, norm=norm), PGDPlusPlus(.1, norm=norm), FMN(.1, norm=norm), EOT(PGD(.1, norm=norm), 2):
             assert attack(blind, x, y).isfinite().all()

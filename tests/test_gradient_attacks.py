@@ -76,7 +76,8 @@ def test_fields_and_what_they_refuse():
     assert NFGSM(.1, noise=10).eps==.1
     for make,why in [(lambda: NFGSM(.51), 'between 0 and 1'), (lambda: NFGSM(.1, noise=-1), 'between 0 and 1'),
             (lambda: NFGSM(8), '8/255'), (lambda: FGSMRS(8), '8/255'), (lambda: PGD(8), '8/255'),
-            (lambda: FGSM(.1, norm='l1'), "'l1'"),
+            (lambda: FGSM(.1, norm='l3'), "'l3'"), (lambda: NFGSM(1, norm='l0'), 'use PGD or Square'),
+            (lambda: NFGSM(3, noise=-1, norm='l1'), 'noise=-1 must be 0 or more'),
                      (lambda: FGSMRS(.1, 0), 'step_size=0'), (lambda: PGD(.1, step_size=0), 'step_size=0'),
                      (lambda: PGD(.1, step_size=-.1), 'must be positive'), (lambda: PGD(.1, steps=0), 'steps=0'),
                      (lambda: PGD(.1, steps=1.5), 'steps=1.5'),

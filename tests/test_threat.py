@@ -14,7 +14,7 @@ def test_eps_is_in_pixels_and_the_norm_is_known():
     for eps in (0, 1, 8/255): assert ThreatModel(eps).eps==eps
     for eps in (-.01, 1.01, 8, float('nan')):
         with pytest.raises(ValueError, match='8/255, not 8'): ThreatModel(eps)
-    with pytest.raises(ValueError, match="'linf', 'l2'"): ThreatModel(.1, 'l1')
+    with pytest.raises(ValueError, match="'linf', 'l2', 'l1', 'l0'"): ThreatModel(.1, 'l3')
     assert ThreatModel(.1)==ThreatModel(.1, 'linf', True)
 
 def test_distance():
@@ -40,7 +40,7 @@ def test_projection_onto_the_ball():
     torch.testing.assert_close(ThreatModel(.1, 'l2').project(x-far+.02, x*0),
         (ThreatModel(.1, 'l2', clamp=False).project(x-far+.02, x*0)).clamp(min=0))
 
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('norm', ['linf', 'l2', 'l1'])
 def test_check(norm):
     x,threat = _images([.5, .5, .5, .5], [.5, .5, .5, .5]),ThreatModel(.1, norm)
     off = lambda d: x + _images([0, 0, 0, 0], [0, 0, d, 0])

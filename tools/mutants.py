@@ -30,7 +30,7 @@ _study = ['tests/test_study.py']
 def _sees(words): return f'tests/test_compression.py -k "{words}"'
 
 belongs = {
-    'threat':                   ['tests/test_threat.py'],
+    'threat':                   ['tests/test_threat.py', 'tests/test_norms.py'],
     'files':                    ['tests/test_files.py'],
     'networks.zoo':             ['tests/test_checkpoint.py'],
     'networks.modes':           ['tests/test_attacks.py'],
@@ -46,14 +46,14 @@ belongs = {
     'attacks.attack':           _attacks,
     'attacks.losses':           [*_attacks, *_autoattack],
     'attacks.scoring':          ['tests/test_report.py', *_attacks],
-    'attacks.gradient':         ['tests/test_gradient_attacks.py'],
+    'attacks.gradient':         ['tests/test_gradient_attacks.py', 'tests/test_sparse_attacks.py'],
     'attacks.adaptive':         [*_attacks, 'tests/test_random_networks.py'],
     'attacks.torchattacks':     ['tests/test_attacks.py'],
     'attacks.apgd':             _autoattack,
     'attacks.saturated':        ['tests/test_saturated.py'],
     'attacks.fab':              _autoattack,
     'attacks.fmn':              ['tests/test_fmn.py'],
-    'attacks.square':           _autoattack,
+    'attacks.square':           [*_autoattack, 'tests/test_sparse_attacks.py'],
     'attacks.autoattack':       _autoattack,
     'compression.channels':     [*_pruning,
                                  _sees('head or taylor or criteri or twice or stream or refuses or sees')],

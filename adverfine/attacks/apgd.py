@@ -60,13 +60,14 @@ def check(self:_Climb, enough):
     self.grad = torch.where(back, self.best_grad, self.grad)
     self.checked,self.rises = self.best_loss,torch.zeros_like(self.rises)
 
-# %% ../../nbs/attacks/07_apgd.ipynb #7c7b0f6f
+# %% ../../nbs/attacks/07_apgd.ipynb #77a4f936
 _losses = dict(ce=lambda out, y, _: cross_entropy(out, y), dlr=lambda out, y, _: dlr(out, y),
                margin=lambda out, y, _: margin(out, y), pma=lambda out, y, _: probability_margin(out, y))
 
 @dataclass(frozen=True)
 class APGD(Attack):
     "Gradient ascent with momentum and a step size that adapts; [arXiv 2003.01690](https://arxiv.org/abs/2003.01690)"
+    norms = 'linf','l2'
     steps:int = 100        # Gradient steps
     loss:str = 'ce'        # 'ce', 'dlr', 'margin' or 'pma'
     restarts:int = 1       # Runs, each for the images that still stand

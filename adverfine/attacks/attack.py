@@ -7,16 +7,22 @@ Docs: https://adverfine.github.io/adverfine/attacks/attack.html.md"""
 # %% auto #0
 __all__ = ['Attack', 'check_step', 'check_counts', 'logits_of', 'cross_entropy', 'value_and_grad', 'input_grad']
 
-# %% ../../nbs/attacks/00_attack.ipynb #dccb1540
+# %% ../../nbs/attacks/00_attack.ipynb #5dd44862
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from ..threat import ThreatModel, check_images, check_takes_pixels
+from ..threat import ThreatModel, check_images, check_takes_pixels, norm_names
 from ..networks.modes import evaluating, frozen
 
-# %% ../../nbs/attacks/00_attack.ipynb #e912d42c
+# %% ../../nbs/attacks/00_attack.ipynb #93ff0f18
+def _check_offered(attack, threat):
+    "Raise a `ValueError` unless `attack` works in the norm of its `threat`"
+    if threat.norm in attack.norms: return
+    raise ValueError(f"{type(attack).__name__} works in {' and '.join(map(repr, attack.norms))}, not with "
+                     f"norm={threat.norm!r}: use PGD or Square, such as PGD({threat.eps}, norm={threat.norm!r})")
+
 def _check_labels(attack, x, y):
     "Raise a `ValueError` unless `y` are labels for `x`, or probabilities where the attack takes them"
     probabilities = y.dim()==2 and y.is_floating_point()
@@ -27,17 +33,18 @@ def _check_labels(attack, x, y):
     if len(y)!=len(x) or not (probabilities or whole):
         raise ValueError(f"labels must be {len(x)} whole numbers, not {y.dtype} of shape {tuple(y.shape)}")
 
-# %% ../../nbs/attacks/00_attack.ipynb #6a0372e2
+# %% ../../nbs/attacks/00_attack.ipynb #6575c621
 @dataclass(frozen=True)
 class Attack:
     "Base of all attacks: says what the adversary may do, checks what goes in and leaves the model as it was"
     white_box = True    # Does it need the network's own gradients?
     soft = False        # Does it also climb away from class probabilities (N,classes), where labels are expected?
-    eps:float           # Radius of the ball in pixels, 0 to 1
-    norm:str = field(default='linf', kw_only=True)   # 'linf' or 'l2'
+    norms = tuple(norm_names)   # In which it works
+    eps:float           # Radius of the ball in pixels; see `ThreatModel` for what it limits in each norm
+    norm:str = field(default='linf', kw_only=True)   # 'linf', 'l2', 'l1' or 'l0'
     clamp:bool = field(default=True, kw_only=True)   # Keep images in [0,1]? See `ThreatModel`
 
-    def __post_init__(self): self.threat
+    def __post_init__(self): _check_offered(self, self.threat)
 
     @property
     def threat(self) -> ThreatModel: return ThreatModel(self.eps, self.norm, self.clamp)
@@ -84,7 +91,7 @@ def check_counts(
         if not isinstance(value, Integral) or value<1:
             raise ValueError(f"{k}={value} must be a whole number, 1 or more")
 
-# %% ../../nbs/attacks/00_attack.ipynb #dd5caf78
+# %% ../../nbs/attacks/00_attack.ipynb #1d8d21d2
 @patch
 def scaled(self:Attack,
     share:float, # 0 to 1
@@ -92,7 +99,7 @@ def scaled(self:Attack,
     "The same attack with `share` of its budget: of `eps`, and of the length of its steps"
     if not 0<=share<=1: raise ValueError(f"share={share} must lie between 0 and 1: an attack is scaled down")
     step = {'step_size': share*self.step_size} if share and getattr(self, 'step_size', None) else {}
-    return replace(self, eps=share*self.eps, **step)
+    return replace(self, eps=self.threat.scaled(share).eps, **step)
 
 # %% ../../nbs/attacks/00_attack.ipynb #ebc8c23d
 def _check_logits(out, x, y):
@@ -168,10 +175,10 @@ def input_grad(
     "Gradient of the cross-entropy of each image for its pixels"
     return value_and_grad(model, x, y, checked=checked)[2]
 
-# %% ../../nbs/attacks/00_attack.ipynb #4b3c1055
+# %% ../../nbs/attacks/00_attack.ipynb #840e3b46
 def _change(attack, x_adv, x):
     "What was added, as images in which grey is no change"
-    scale = .5/max(attack.eps, 1e-12) if attack.norm=='linf' else 1.
+    scale = .5/max(attack.eps, 1e-12) if attack.norm=='linf' else 1. if attack.norm=='l2' else .5
     return (.5 + scale*(x_adv-x)).clamp(0, 1)
 
 def _imshow(axs, images, label):

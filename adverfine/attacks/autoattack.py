@@ -15,7 +15,7 @@ from .apgd import APGD
 from .fab import FAB
 from .square import Square
 
-# %% ../../nbs/attacks/12_autoattack.ipynb #437252f3
+# %% ../../nbs/attacks/12_autoattack.ipynb #d9a4124f
 _versions = dict(
     standard=((APGD, dict(steps=100)), (APGD, dict(steps=100, loss='dlr', targets=9)),
               (FAB, dict(steps=100, targets=9)), (Square, dict(queries=5000))),
@@ -26,6 +26,7 @@ _versions = dict(
 class AutoAttack(Attack):
     """APGD-CE, APGD-T, FAB-T and Square, each for what still stands;
     [arXiv 2003.01690](https://arxiv.org/abs/2003.01690)"""
+    norms = 'linf','l2'
     version:str = 'standard'   # 'standard': as published; 'fast': APGD-CE with 40 steps, then Square with 500 queries
 
     def __post_init__(self):

@@ -50,11 +50,12 @@ def _beyond(fab, s, lead, w):
     new = (1-share)*(s.adv+fab.overshoot*here) + share*(s.x+fab.overshoot*there)
     return new.clamp(0, 1) if fab.clamp else new
 
-# %% ../../nbs/attacks/09_fab.ipynb #ca139750
+# %% ../../nbs/attacks/09_fab.ipynb #9960c43d
 @dataclass(frozen=True)
 class FAB(Attack):
     """Looks for ever nearer adversarial images until one lies in the ball;
     [arXiv 1907.02044](https://arxiv.org/abs/1907.02044)"""
+    norms = 'linf','l2'
     steps:int = 100         # Gradient steps towards each target
     targets:int = 9         # Classes to aim at in turn, likeliest first; all wrong ones where there are fewer
     bias:float = .1         # At most this much of the next point comes from the clean image's side

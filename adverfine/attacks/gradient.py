@@ -7,21 +7,21 @@ Docs: https://adverfine.github.io/adverfine/attacks/gradient.html.md"""
 # %% auto #0
 __all__ = ['FGSM', 'FGSMRS', 'NFGSM', 'worst_of', 'PGD']
 
-# %% ../../nbs/attacks/04_gradient.ipynb #1bb21498
-from dataclasses import dataclass, replace
+# %% ../../nbs/attacks/04_gradient.ipynb #d5a27ba1
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .attack import Attack, check_counts, check_step, cross_entropy, input_grad, logits_of
 
-# %% ../../nbs/attacks/04_gradient.ipynb #08a476c8
+# %% ../../nbs/attacks/04_gradient.ipynb #b9300522
 @dataclass(frozen=True)
 class FGSM(Attack):
     "One step of length `eps` along the steepest direction; [arXiv 1412.6572](https://arxiv.org/abs/1412.6572)"
     soft = True
     def craft(self, model, x, y, generator):
-        return self.threat.project(x + self.eps*self.threat.steepest(input_grad(model, x, y)), x)
+        return self.threat.project(x + self.eps*self.threat.steepest(input_grad(model, x, y), x), x)
 
-# %% ../../nbs/attacks/04_gradient.ipynb #b3f83d18
+# %% ../../nbs/attacks/04_gradient.ipynb #1903812a
 @dataclass(frozen=True)
 class FGSMRS(Attack):
     "One step from a random point of the ball; [arXiv 2001.03994](https://arxiv.org/abs/2001.03994)"
@@ -37,22 +37,25 @@ class FGSMRS(Attack):
 
     def craft(self, model, x, y, generator):
         start = self.threat.random_start(x, generator)
-        step = (self.step_size or 1.25*self.eps)*self.threat.steepest(input_grad(model, start, y))
+        step = (self.step_size or 1.25*self.eps)*self.threat.steepest(input_grad(model, start, y), start)
         return self.threat.project(start + step, x)
 
-# %% ../../nbs/attacks/04_gradient.ipynb #0d1886e2
+# %% ../../nbs/attacks/04_gradient.ipynb #9c864694
 @dataclass(frozen=True)
 class NFGSM(Attack):
     """One step of length `eps` from strong noise, not projected: for training;
     [arXiv 2202.01181](https://arxiv.org/abs/2202.01181)"""
     soft = True
+    norms = 'linf','l2','l1'
     noise:float = 2. # Radius of the noise, in units of `eps`; 0 is FGSM
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0<=self.noise*self.eps<=1:
+        if self.norm=='linf' and not 0<=self.noise*self.eps<=1:
             raise ValueError(f"noise={self.noise} times eps={self.eps} must lie between 0 and 1: "
                              "pixels reach no further; 1 to 2 is usual")
+        if not 0<=self.noise<torch.inf:
+            raise ValueError(f"noise={self.noise} must be 0 or more, and finite: 1 to 2 is usual")
 
     @property
     def name(self): return 'N-FGSM'
@@ -61,8 +64,8 @@ class NFGSM(Attack):
     def random_start(self): return self.noise>0
 
     def craft(self, model, x, y, generator):
-        start = replace(self.threat, eps=self.noise*self.eps).random_start(x, generator)
-        x_adv = start + self.eps*self.threat.steepest(input_grad(model, start, y))
+        start = self.threat.scaled(self.noise).random_start(x, generator)
+        x_adv = start + self.eps*self.threat.steepest(input_grad(model, start, y), start)
         return x_adv.clamp(0, 1) if self.clamp else x_adv
 
 # %% ../../nbs/attacks/04_gradient.ipynb #48dcfb65
@@ -84,13 +87,13 @@ def worst_of(
             worst = torch.maximum(badness, worst)
     return best
 
-# %% ../../nbs/attacks/04_gradient.ipynb #303cddc1
+# %% ../../nbs/attacks/04_gradient.ipynb #66d1400f
 @dataclass(frozen=True)
 class PGD(Attack):
     "Projected gradient ascent on the loss; [arXiv 1706.06083](https://arxiv.org/abs/1706.06083)"
     soft = True
     steps:int = 10               # Gradient steps, 1 or more
-    step_size:float|None = None  # Length of a step in pixels; default: 2.5*eps/steps
+    step_size:float|None = None  # Length of a step in pixels; default: 2.5*eps/steps, in l0 eps
     random_start:bool = True     # Start at a random point of the ball? Otherwise at the clean image
     restarts:int = 1             # Runs, of which each image keeps the worst; needs random starts to differ
 
@@ -109,11 +112,12 @@ class PGD(Attack):
 
     def craft(self, model, x, y, generator):
         threat,project = self.threat,self.threat.projection(x)
-        step = 2.5*self.eps/self.steps if self.step_size is None else self.step_size
+        step = self.step_size
+        if step is None: step = self.eps if self.norm=='l0' else 2.5*self.eps/self.steps
         def run():
             x_adv = threat.random_start(x, generator) if self.random_start else x
             for k in range(self.steps):
-                direction = threat.steepest(input_grad(model, x_adv, y, checked=k==0))
+                direction = threat.steepest(input_grad(model, x_adv, y, checked=k==0), x_adv)
                 x_adv = project(torch.add(x_adv, direction, alpha=step))
             return x_adv
         return run() if self.restarts==1 else worst_of([run() for _ in range(self.restarts)], model, y)

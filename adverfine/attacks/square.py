@@ -14,27 +14,28 @@ from .attack import Attack, check_counts, logits_of
 from .losses import margin
 from .standing import Standing
 
-# %% ../../nbs/attacks/11_square.ipynb #eb1afcbf
+# %% ../../nbs/attacks/11_square.ipynb #9f5215bd
 class _Draw:
     "Random signs and windows from one generator"
     def __init__(self, generator, device): self.kw = dict(generator=generator, device=device)
     def signs(self, *shape): return torch.randint(2, shape, **self.kw)*2.-1
+    def shares(self, *shape): return torch.rand(shape, **self.kw)
     def window(self, h, w, side):
         room = torch.tensor([h-side+1, w-side+1], device=self.kw['device'])
         i,j = (torch.rand(2, **self.kw)*room).long().tolist()
         return slice(i, i+side),slice(j, j+side)
 
-def _hill(h, w):
+def _hill(h, w, power=2):
     "Rings that grow towards the middle (h,w)"
     i,j = torch.arange(h)[:,None],torch.arange(w)
     away = torch.maximum((i-h//2).abs(), (j-w//2).abs())
-    return sum(torch.where(away<=k, 1/(k+1)**2, 0.) for k in range(max(h, w)//2+1))
+    return sum(torch.where(away<=k, 1/(k+1)**power, 0.) for k in range(max(h, w)//2+1))
 
-def _bump(side, draw):
-    "A hill beside its negative, of length 1, lying or standing (side,side)"
-    halves = [_hill(n, side) for n in (side//2, side-side//2) if n]
-    both = torch.cat([o/o.norm()*sign for o,sign in zip(halves, (1, -1))])
-    both = (both/both.norm()).to(draw.kw['device'])
+def _bump(side, draw, p=2):
+    "A hill beside its negative, of length 1 in the norm of order `p`, lying or standing (side,side)"
+    halves = [_hill(n, side, 4//p) for n in (side//2, side-side//2) if n]
+    both = torch.cat([o/o.norm(p)*sign for o,sign in zip(halves, (1, -1))])
+    both = (both/both.norm(p)).to(draw.kw['device'])
     return both.T if draw.signs(1)>0 else both
 
 # %% ../../nbs/attacks/11_square.ipynb #88055d51
@@ -53,9 +54,10 @@ class _LinfSearch:
         new[...,rows,cols] = x[...,rows,cols] + self.attack.eps*self.draw.signs(c, 1, 1)
         return new.clamp_(0, 1) if self.attack.clamp else new
 
-# %% ../../nbs/attacks/11_square.ipynb #ea6809bf
+# %% ../../nbs/attacks/11_square.ipynb #468a1217
 class _L2Search:
     "Bumps everywhere at first, then what one window sets free goes into another"
+    p = 2 # Order of the norm
     def __init__(self, attack, draw): self.attack,self.draw = attack,draw
 
     def first(self, x):
@@ -64,8 +66,8 @@ class _L2Search:
         d = torch.zeros_like(x)
         for i in range(h%side//2, h-side+1, side):
             for j in range(w%side//2, w-side+1, side):
-                d[...,i:i+side,j:j+side] = _bump(side, self.draw)*self.draw.signs(len(x), x.shape[1], 1, 1)
-        return self._at_the_edge(x, d)
+                d[...,i:i+side,j:j+side] = _bump(side, self.draw, self.p)*self.draw.signs(len(x), x.shape[1], 1, 1)
+        return self.at_the_edge(x, d)
 
     def change(self, x, adv, share):
         "`adv`, the change of one window moved into another"
@@ -75,24 +77,64 @@ class _L2Search:
         to,off = ((...,*self.draw.window(h, w, side)) for _ in range(2))
         mask = torch.zeros_like(d[:1])
         mask[to] = mask[off] = 1
-        def total(t): return t.square().sum((1,2,3), keepdim=True)
-        def length(t): return t.square().sum((2,3), keepdim=True).sqrt().clamp_min(1e-12)
-        free = ((self.attack.eps**2-total(d)).clamp_min(0)/c + total(d*mask)).sqrt()
-        bump = _bump(side, self.draw)*self.draw.signs(len(x), c, 1, 1) + d[to]/length(d[to])
+        def total(t): return t.abs().pow(self.p).sum((1,2,3), keepdim=True)
+        def length(t): return t.abs().pow(self.p).sum((2,3), keepdim=True).pow(1/self.p).clamp_min(1e-12)
+        free = ((self.attack.eps**self.p-total(d)).clamp_min(0)/c + total(d*mask)).pow(1/self.p)
+        bump = _bump(side, self.draw, self.p)*self.draw.signs(len(x), c, 1, 1) + d[to]/length(d[to])
         d[off] = 0
         d[to] = bump/length(bump)*free
-        return self._at_the_edge(x, d)
+        return self.at_the_edge(x, d)
 
-    def _at_the_edge(self, x, d):
+    def at_the_edge(self, x, d):
         return self.attack.threat.project(x + self.attack.eps*self.attack.threat.steepest(d), x)
 
-# %% ../../nbs/attacks/11_square.ipynb #06b6a17e
+# %% ../../nbs/attacks/11_square.ipynb #5506a02c
+class _L1Search(_L2Search):
+    "Bumps that are moved about, with the sum of all changes for a budget"
+    p = 1
+
+    def at_the_edge(self, x, d):
+        long = (self.attack.eps/d.abs().sum((1,2,3), keepdim=True).clamp_min(1e-12)).clamp_min(1)
+        return self.attack.threat.project(x + long*d, x)
+
+# %% ../../nbs/attacks/11_square.ipynb #fd7178c9
+_schedule = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # After each of these queries less is changed at once
+_exchanged = (2, 4, 5, 6, 8, 10, 12, 15, 20)                  # In l0 so much less; elsewhere half as much each time
+
+class _L0Search:
+    "Pixels at the corners of the range, of which some change places with others"
+    def __init__(self, attack, draw): self.attack,self.draw = attack,draw
+
+    def first(self, x): return self._set(x, x, self._shuffled(x, x)[:,:int(self.attack.eps)])
+
+    def change(self, x, adv, share):
+        "`adv` with a `share` of its pixels set back, and as many others changed"
+        order,n = self._shuffled(x, adv),min(int(self.attack.eps), x[0,0].numel())
+        few = min(max(int(share*n), 1), n)
+        off = order[:,torch.randperm(n, **self.draw.kw)[:few]]
+        return self._set(x, self._at(adv, off, x), order[:,n:n+few] if n<order.shape[1] else off)
+
+    def _shuffled(self, x, adv):
+        "Numbers of all pixels in random order, those that differ first (N,h*w)"
+        differ = (adv!=x).any(1).flatten(1)
+        return (differ + self.draw.shares(*differ.shape)).argsort(1, descending=True)
+
+    def _set(self, x, adv, pixels): return self._at(adv, pixels, (self.draw.signs(*x.shape).to(x)+1)/2)
+
+    def _at(self, adv, pixels, values):
+        "`adv` with `values` in the given `pixels` (N,n)"
+        chosen = torch.zeros_like(adv[:,0].flatten(1), dtype=torch.bool).scatter_(1, pixels, True)
+        return torch.where(chosen.view_as(adv[:,:1]), values, adv)
+
+# %% ../../nbs/attacks/11_square.ipynb #a8547a42
+_searches = dict(linf=_LinfSearch, l2=_L2Search, l1=_L1Search, l0=_L0Search)
+
 @dataclass(frozen=True)
 class Square(Attack):
     "Random search with squares, without gradients; [arXiv 1912.00049](https://arxiv.org/abs/1912.00049)"
     white_box = False
     queries:int = 5000     # Forward passes
-    p:float = .8           # Share of the image that the first squares cover
+    p:float|None = None    # Share of the image that the first squares cover: .8; in l0 of the pixels to exchange: .3
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,7 +145,7 @@ class Square(Attack):
 
     @torch.no_grad()
     def craft(self, model, x, y, generator):
-        search = (_LinfSearch if self.norm=='linf' else _L2Search)(self, _Draw(generator, x.device))
+        search = _searches[self.norm](self, _Draw(generator, x.device))
         s = Standing(model, x, y)
         s.adv = search.first(x)
         s.best = margin(logits_of(model, s.adv, y), y)
@@ -119,5 +161,7 @@ class Square(Attack):
         return s.finish(s.adv)
 
     def _share(self, k):
-        "Share of the image that a square covers at query `k`"
-        return self.p/2**sum(k>o for o in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+        "Share of the image that a square covers at query `k`, or of the pixels in l0 that it exchanges"
+        first = self.p if self.p is not None else .3 if self.norm=='l0' else .8
+        if self.norm=='l0': return first/_exchanged[sum(k>o for o in _schedule[1:])]
+        return first/2**sum(k>o for o in _schedule)

@@ -15,7 +15,7 @@ from torch import nn
 from fastai.torch_core import no_random
 from .attack import Attack, logits_of
 
-# %% ../../nbs/attacks/06_torchattacks.ipynb #3ca9589a
+# %% ../../nbs/attacks/06_torchattacks.ipynb #eb118e4f
 def _takes(kind): return inspect.signature(kind).parameters
 
 def _check_arguments(kind, kwargs):
@@ -29,7 +29,7 @@ def _check_arguments(kind, kwargs):
 
 def _within_budget(threat, x_adv, x):
     "`x_adv` where it is an image that the adversary may choose for `x`, else `x`"
-    within = threat.distance(x_adv, x)<=threat.eps+1e-6
+    within = threat.distance(x_adv, x)<=threat.eps+threat.slack(x)
     return torch.where(within.view(-1, 1, 1, 1), x_adv, x)
 
 class _Host(nn.Module):
@@ -40,7 +40,7 @@ class _Host(nn.Module):
         self.where = nn.Parameter(x.new_zeros(1), requires_grad=False)
     def forward(self, x): return self.model(x)
 
-# %% ../../nbs/attacks/06_torchattacks.ipynb #376cc4b2
+# %% ../../nbs/attacks/06_torchattacks.ipynb #6c99dad8
 @dataclass(frozen=True, init=False)
 class TorchAttack(Attack):
     "Any attack class of torchattacks, such as `TorchAttack(torchattacks.CW, eps=.5, norm='l2', steps=50)`"
@@ -72,7 +72,7 @@ class TorchAttack(Attack):
     def craft(self, model, x, y, generator):
         takes,classes = _takes(self.kind),logits_of(model, x, y).shape[1]
         seed = torch.randint(2**31, (), generator=generator, device=x.device).item()
-        offered = dict(eps=self.eps, norm=dict(linf='Linf', l2='L2')[self.norm], n_classes=classes, seed=seed)
+        offered = dict(eps=self.eps, norm=self.norm.capitalize(), n_classes=classes, seed=seed)
         with no_random(seed), contextlib.redirect_stdout(io.StringIO()):
             kwargs = {k: v for k,v in offered.items() if k in takes} | dict(self.kwargs)
             x_adv = self.kind(_Host(model, x), **kwargs)(x, y).detach()

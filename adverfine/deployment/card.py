@@ -22,7 +22,7 @@ def _row(name, said):
     sizes = ' '.join(str(v) for k,v in said.items() if isinstance(v, int) and k!='groups')
     return f"| `{name}` | {said['type']} | {sizes} | {_bits(said)} |"
 
-# %% ../../nbs/deployment/01_card.ipynb #7d7715eb
+# %% ../../nbs/deployment/01_card.ipynb #91238e9b
 _fence = '`'*3
 
 def _measured_section(report):
@@ -37,7 +37,7 @@ def _measured_section(report):
         '|---|---|---|---|',
         f"| {report['n']} | {report['clean']:.4f} ± {report['clean_ci']:.4f} "
         f"| {report['robust']:.4f} ± {report['robust_ci']:.4f} "
-        f"| {threat['norm']}, eps {threat['eps']:.4g} in pixels |",
+        f"| {threat['norm']}, eps {threat['eps']:.4g} {'pixels' if threat['norm']=='l0' else 'in pixels'} |",
         '',
         f"Robust: right clean **and** under every attack: `{attacks}`. {report['verdict']}",
         '',

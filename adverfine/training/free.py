@@ -23,14 +23,14 @@ class _Replayed(GetAttr):
     def __iter__(self):
         for b in self.default: yield from [b]*self.times
 
-# %% ../../nbs/training/03_free.ipynb #79e4dd5b
+# %% ../../nbs/training/03_free.ipynb #1b690756
 class FreeAdversarialTraining(AdversarialBatches):
     """Learn from each batch `replays` times, moving one perturbation along;
     [arXiv 1904.12843](https://arxiv.org/abs/1904.12843)"""
     def __init__(self,
         eps:float, # Radius of the ball in pixels
         replays:int=4, # Passes over each batch, 2 or more
-        norm:str='linf', # 'linf' or 'l2'
+        norm:str='linf', # 'linf', 'l2', 'l1' or 'l0'
         clamp:bool=True, # Keep images in [0,1]?
     ):
         if not replays>=2:
@@ -60,5 +60,5 @@ class FreeAdversarialTraining(AdversarialBatches):
     def after_backward(self):
         threat = self.attack.threat
         grad = self.moved.grad.nan_to_num()
-        further = self.moved.detach() + threat.eps*threat.steepest(grad)
+        further = self.moved.detach() + threat.eps*threat.steepest(grad, self.moved.detach())
         self.delta = threat.project(further, self.images) - self.images

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/evaluation/cases.html.md"""
 # %% auto #0
 __all__ = ['guards', 'predict', 'crafts', 'Case', 'Finding', 'Guard', 'guard']
 
-# %% ../../nbs/evaluation/00_cases.ipynb #b9b06199
+# %% ../../nbs/evaluation/00_cases.ipynb #2bb91403
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +19,10 @@ from ..networks.modes import frozen
 from ..attacks.attack import Attack, value_and_grad
 from ..attacks.losses import margin
 from ..attacks.scoring import Judge
-from ..attacks.adaptive import EOT
+from ..attacks.adaptive import EOT, Transfer
 from ..attacks.surrogates import inner_networks, Inside, Rescaled, StraightThrough
 
-# %% ../../nbs/evaluation/00_cases.ipynb #dce52e23
+# %% ../../nbs/evaluation/00_cases.ipynb #2d68247d
 @torch.no_grad()
 def predict(
     model, # A callable from pixels to logits
@@ -33,10 +33,9 @@ def predict(
 
 def crafts(
     attack:Attack,
-) -> Attack: # The one that crafts: what a `Transfer` or an `EOT` runs, else `attack` itself
+) -> Attack: # The one that crafts: what a `Transfer` runs, else `attack` itself
     "The attack that makes the images"
-    while hasattr(attack, 'attack'): attack = attack.attack
-    return attack
+    return attack.attack if isinstance(attack, Transfer) else attack
 
 @dataclass
 class Case:

@@ -25,7 +25,7 @@ def _drawn(total, n, seed):
     drawn[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]] = True
     return drawn
 
-# %% ../../nbs/evaluation/06_metric.ipynb #05c95c68
+# %% ../../nbs/evaluation/06_metric.ipynb #a7f2a53e
 class RobustAccuracy(Metric):
     "Share of validation images that are right clean and under `attack`: a column of the training table"
     def __init__(self,
@@ -63,4 +63,4 @@ class RobustAccuracy(Metric):
     @property
     def name(self):
         norm = '' if self.attack.norm=='linf' else f' {self.attack.norm}'
-        return self._name or f'robust {self.attack.name}{norm} eps={self.attack.eps:.3g}'
+        return self._name or f'robust {self.attack.name}{norm} eps={self.attack.eps:.4g}'

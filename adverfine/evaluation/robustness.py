@@ -65,7 +65,7 @@ def check_alone(
         raise ValueError("what the network says of an image depends on the others in its batch: a BatchNorm in it is "
                          "in train mode, where adversary and clean images would mix; call .eval() on the network inside")
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #6df734c6
+# %% ../../nbs/evaluation/05_robustness.ipynb #794a8ad4
 def _curve(case, n=128):
     "Accuracy against eps under PGD-10, on the first `n` images"
     whole = case.judge
@@ -73,8 +73,9 @@ def _curve(case, n=128):
     stands = whole.clean[:n]
     curve = {0.: stands.float().mean().item()}
     through = None if case.fake_quantized is None else case.fake_quantized
-    for eps in (case.threat.eps*o for o in (.5, 1, 1.5, 2, 3)):
-        if not 0<eps<=1: continue
+    for share in (.5, 1, 1.5, 2, 3):
+        eps = share*case.threat.eps if case.threat.norm!='l0' else round(share*case.threat.eps)
+        if eps in curve or (eps>1 and case.threat.norm=='linf'): continue
         judge = Judge(case.model, x, y, standing=stands, fast=whole.fast, tick=whole.tick)
         judge.run('curve', PGD(eps, norm=case.threat.norm, clamp=case.threat.clamp), through=through)
         stands,curve[eps] = judge.stands,judge.robust
@@ -141,14 +142,14 @@ def _progress_bar(progress):
     shape = '{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}'
     return tqdm(total=1, leave=False, delay=3, disable=not progress, bar_format=shape)
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #e5869b07
+# %% ../../nbs/evaluation/05_robustness.ipynb #f7ad04f9
 def _report(case, attacks, asked, findings, curve, **kwargs):
     judge = case.judge
     after = {o.name: o.robust for o in judge.runs if o.fell or o.name in asked}
     examples = tuple((judge.x[i].cpu(), x_adv, judge.y[i].item(), predicted, judge.outcomes[i])
                      for _,i,x_adv,predicted in judge.examples)
     return RobustnessReport(
-        judge.clean.float().mean().item(), judge.robust, len(judge.x), case.threat, attacks, after,
+        judge.clean.sum().item()/len(judge.x), judge.robust, len(judge.x), case.threat, attacks, after,
         {o.name: o.seconds for o in judge.runs}, {o.name: o.passes for o in judge.runs}, findings=findings,
         crafted=getattr(judge.fast, 'name', 'as it is'), labels=tuple(judge.y.tolist()),
         outcomes=tuple(judge.outcomes), curve=curve, examples=examples, **kwargs)

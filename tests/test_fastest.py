@@ -181,6 +181,13 @@ def test_who_stays_as_it_is(recwarn):
     assert fastest(net.double(), x.double()).name=='as it is'
     assert not [o for o in recwarn if 'crafted on as it is' in str(o.message)]
 
+def test_random_numbers_are_those_that_would_have_come(timed):
+    class Random(Choosy):
+        def forward(self, x): return self.conv(x+torch.rand_like(x)).mean((2,3))
+    net = Random()
+    state = torch.get_rng_state()
+    assert fastest(net, torch.zeros(4, 1, 8, 8)).name=='as it is' and torch.equal(torch.get_rng_state(), state)
+
 def test_a_network_that_cannot_be_traced_has_other_forms(timed):
     timed[0]['channels_last'] = .1
     x = torch.rand(4, 1, 8, 8)

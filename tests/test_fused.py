@@ -114,6 +114,15 @@ def test_a_layer_called_by_keyword_stays_as_it_is(x):
     assert len(fast.fused)==1
     torch.testing.assert_close(_gradient_of(fast, x), _gradient_of(net, x), rtol=1e-4, atol=1e-6)
 
+def test_a_relu_behind_a_norm_that_rounds_comes_after_the_rounding(x):
+    "With one bit and two signs that is something else: nothing is rounded to zero"
+    net = _block(x)
+    quantize(net, 4, [x], sums=1)
+    part = nn.Sequential(net.stem, net.stem_norm, nn.ReLU(), net.b, net.nb, nn.ReLU()).eval()
+    assert type(net.nb) is QuantBatchNorm2d
+    fast = _fused_and_silent(part, x)
+    assert len(fast.fused)==2 and (fast(x)==part(x)).float().mean()>.99
+
 def test_logits_in_bfloat16_are_not_rounded(x):
     net = cnn8(size=8)
     fast = crafting_network(net, x[:2], bf16=True)
@@ -166,6 +175,7 @@ def test_a_quantizer_stands_still(x):
     values.requires_grad_()
     grads = [torch.autograd.grad(f(values).sum(), values)[0] for f in (q.constant(), q)]
     assert torch.equal(*grads) and 0<grads[0].sum()<=500
+    assert not q.constant()(values.detach()).requires_grad
 
 # --- is bfloat16 fast?
 

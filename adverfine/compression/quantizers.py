@@ -7,9 +7,10 @@ Docs: https://adverfine.github.io/adverfine/compression/quantizers.html.md"""
 # %% auto #0
 __all__ = ['offered_bits', 'calibrations', 'check_bits', 'Quantizer', 'minmax_step', 'percentile_step', 'best_step']
 
-# %% ../../nbs/compression/06_quantizers.ipynb #30c5a4df
+# %% ../../nbs/compression/06_quantizers.ipynb #3e17c407
 import torch
 from torch import nn, Tensor
+from fastcore.basics import patch
 
 # %% ../../nbs/compression/06_quantizers.ipynb #772d1148
 def _codes(x, step, lo, hi, offset):
@@ -63,7 +64,7 @@ def check_bits(
                          "or two of them, for weights and for inputs, such as (1, 8)")
     return pair
 
-# %% ../../nbs/compression/06_quantizers.ipynb #c40a60a9
+# %% ../../nbs/compression/06_quantizers.ipynb #5354f658
 class Quantizer(nn.Module):
     "Rounds to `bits` bits with a learned step size: one for everything, or one per output channel of a weight"
     tempering = .5   # The gradient of a step size is divided by the number of values that share it, to this power
@@ -98,15 +99,17 @@ class Quantizer(nn.Module):
         shared = x.numel()/step.numel() if step.dim() else x[0].numel()    # by one channel, or by one image
         return _Round.apply(x, step, self.lo, self.hi, self.offset, shared**-self.tempering, self.through)
 
-    def constant(self):
-        "A function that rounds as this quantizer does now: its step size stands still and gets no gradient"
-        step = self.step.detach().clone()
-        def rounded(x): return _Round.apply(x, step, self.lo, self.hi, self.offset, 1., self.through)
-        return rounded
-
     def extra_repr(self):
         offset = f" plus {self.offset}" if self.offset else ''
         return f"bits={self.bits}, codes {self.lo} to {self.hi}{offset}"
+
+# %% ../../nbs/compression/06_quantizers.ipynb #f6d6b8d2
+@patch
+def constant(self:Quantizer):
+    "A function that rounds as this quantizer does now: its step size stands still and gets no gradient"
+    step = self.step.detach().clone()
+    def rounded(x): return _Round.apply(x, step, self.lo, self.hi, self.offset, 1., self.through)
+    return rounded
 
 # %% ../../nbs/compression/06_quantizers.ipynb #ac191fc3
 def _step_to(top, quantizer): return top.clamp_min(1e-8)/(quantizer.hi+quantizer.offset)

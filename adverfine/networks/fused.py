@@ -53,7 +53,7 @@ def rounds(
     rounding = [cls for cls,how in (fusable|foldable).items() if how not in (_as_they_are, _nothing)]
     return any(isinstance(m, tuple(rounding)) for m in model.modules())
 
-# %% ../../nbs/networks/07_fused.ipynb #3c493f83
+# %% ../../nbs/networks/07_fused.ipynb #0841cedc
 class _Fused(nn.Module):
     "A layer with weights, and the BatchNorm and the ReLU that follow it"
     round_x = round_y = None
@@ -88,6 +88,7 @@ class _Fused(nn.Module):
         if self.norm is not None: out = nn.BatchNorm2d.forward(self.norm, out)
         return F.relu(out) if self.relu else out
 
+# %% ../../nbs/networks/07_fused.ipynb #e3cc1bd0
 class _FusedConv(_Fused):
     def multiplied(self, x):
         x,c = x.to(memory_format=torch.channels_last),self.layer

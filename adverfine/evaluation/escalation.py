@@ -20,11 +20,11 @@ from ..attacks.surrogates import Rescaled, Smoothed
 from .cases import Case, predict
 from .guards import inspect
 
-# %% ../../nbs/evaluation/02_escalation.ipynb #33bd35bd
+# %% ../../nbs/evaluation/02_escalation.ipynb #827f82ff
 def _climber(threat):
     "A kind of gradient attack for the budget, and its options for climbing away from the class and towards others"
     if threat.norm in ('linf', 'l2'):
-        return APGD,dict(loss='margin', steps=60),dict(loss='dlr', targets=9, steps=30)
+        return APGD,dict(loss='margin', steps=60),dict(loss='dlr', targets=5, steps=30)
     return PGD,dict(steps=100),dict(steps=50, restarts=5)
 
 def _autoattack(case):

@@ -7,9 +7,9 @@ Docs: https://adverfine.github.io/adverfine/attacks/scoring.html.md"""
 # %% auto #0
 __all__ = ['Asked', 'fooled', 'AttackedBatch', 'attacked', 'Run', 'right_clean', 'Judge', 'score']
 
-# %% ../../nbs/attacks/02_scoring.ipynb #abc0d5cf
+# %% ../../nbs/attacks/02_scoring.ipynb #fb3854dd
 import time, zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor

@@ -7,20 +7,17 @@ Docs: https://adverfine.github.io/adverfine/evaluation/escalation.html.md"""
 # %% auto #0
 __all__ = ['escalate', 'check_budget']
 
-# %% ../../nbs/evaluation/02_escalation.ipynb #1a24efd0
-import torch
-from ..attacks.attack import Attack
-from ..attacks.scoring import Judge
+# %% ../../nbs/evaluation/02_escalation.ipynb #ecfb82ed
 from ..attacks.gradient import PGD
-from ..attacks.adaptive import EOT, Transfer
+from ..attacks.adaptive import Transfer
 from ..attacks.apgd import APGD
 from ..attacks.square import Square
 from ..attacks.autoattack import AutoAttack
 from ..attacks.surrogates import Rescaled, Smoothed
-from .cases import Case, predict
+from .cases import Case
 from .guards import inspect
 
-# %% ../../nbs/evaluation/02_escalation.ipynb #827f82ff
+# %% ../../nbs/evaluation/02_escalation.ipynb #0670dcb5
 def _climber(threat):
     "A kind of gradient attack for the budget, and its options for climbing away from the class and towards others"
     if threat.norm in ('linf', 'l2'):
@@ -33,7 +30,8 @@ def _autoattack(case):
     whole = AutoAttack(case.threat.eps, norm=case.threat.norm, clamp=case.threat.clamp, version='adaptive')
     for part in whole.parts:
         if part in case.attacks: continue
-        yield f'{whole.name}: {part.name}',case.steadied(part),case.quick if part.white_box else None
+        name = whole.name if len(whole.parts)==1 else f'{whole.name}: {part.name}'
+        yield name,case.steadied(part),case.quick if part.white_box else None
 
 def _stronger(case):
     "Ever stronger attacks of the ordinary kind"

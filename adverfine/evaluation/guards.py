@@ -64,7 +64,7 @@ def zero_gradient(case):
     share = (grad.flatten(1).abs().sum(1)==0).float().mean().item()
     return share,f"the gradient of the cross-entropy is exactly zero for {share:.1%} of images"
 
-# %% ../../nbs/evaluation/01_guards.ipynb #911d031a
+# %% ../../nbs/evaluation/01_guards.ipynb #d46f4cf3
 _failures = 'arXiv 2106.09947'
 
 @guard(.05, 'arXiv 1902.06705', remedy="do not believe the figure: an attack without limits fails, so it cannot work")
@@ -85,7 +85,7 @@ def agreement(case):
 def plateau(case):
     if not case.white or case.blind: return None
     steps = max(getattr(a, 'steps', 1) for a in case.white)
-    if steps<10: return 1.,f"an attack of {steps} step{'s' if steps>1 else ''} does not show whether its loss levels off"
+    if steps<10: return 1.,f"{steps} step{'s' if steps>1 else ''} cannot show whether the loss levels off"
     x,y = case.some()
     losses = []
     def spy(x):

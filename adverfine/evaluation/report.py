@@ -26,7 +26,7 @@ def interval(
     middle,half = p + z*z/(2*n),z*(p*(1-p)/n + z*z/(4*n*n))**.5
     return max(0., (middle-half)/(1+z*z/n)),min(1., (middle+half)/(1+z*z/n))
 
-# %% ../../nbs/evaluation/03_report.ipynb #6c6c4ffe
+# %% ../../nbs/evaluation/03_report.ipynb #821d176d
 @dataclass(frozen=True, repr=False)
 class RobustnessReport:
     "What was measured, under which threat, and whether to believe it"
@@ -40,7 +40,7 @@ class RobustnessReport:
     passes:dict         # Name of each: passes of single images, forward or backward
     seconds:float       # How long it all took, guards included
     findings:tuple=()   # What the guards found
-    crafted:str='as it is'   # On which network images were crafted, see `fastest`; who is fooled, the network itself says
+    crafted:str='as it is'   # In which form of the network images were crafted, see `fastest`
     data:str=''         # Name of the data set
     split:str=''        # 'test', 'valid' or 'train'
     escalated:bool=False     # Did it go on until guards found nothing more?
@@ -176,7 +176,7 @@ def plot(self:RobustnessReport,
         for axs,example in zip(columns, shown): _example_panel(axs, self, example)
     return fig
 
-# %% ../../nbs/evaluation/03_report.ipynb #41eb6646
+# %% ../../nbs/evaluation/03_report.ipynb #5ae2fbcc
 def _accuracy_table(report):
     rows = [('clean', report.clean), *((f'after {k}', v) for k,v in report.robust_after.items())]
     cells = []
@@ -213,13 +213,13 @@ def to_html(self:RobustnessReport,
     remedies = [] if self.broken else [f'remedy: {o}' for o in self.remedies]
     reasons = ''.join(f'<li>{escape(o)}</li>' for o in [*self.reasons, *remedies])
     drawn = png_tag(self.plot(), 'Accuracy against epsilon, and the images that fell furthest') if picture else ''
-    return (f"<p><b style='color:{colour}'>{self.verdict}</b>: {escape(self.meaning)}</p>" + (f"<ul>{reasons}</ul>" if reasons else '')
-            + _accuracy_table(self) + drawn + _details(self))
+    verdict = f"<p><b style='color:{colour}'>{self.verdict}</b>: {escape(self.meaning)}</p>"
+    return (verdict + (f"<ul>{reasons}</ul>" if reasons else '') + _accuracy_table(self) + drawn + _details(self))
 
 @patch
 def _repr_html_(self:RobustnessReport): return self.to_html()
 
-# %% ../../nbs/evaluation/03_report.ipynb #75ca0a1a
+# %% ../../nbs/evaluation/03_report.ipynb #6b8949c5
 page_css = """body{font:16px/1.5 system-ui,sans-serif;color:#223;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-weight:600;margin-bottom:.2rem}p{max-width:46rem}img{max-width:100%}summary{cursor:pointer}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin:.6rem 0 1.6rem}
@@ -235,5 +235,6 @@ def robustness_page(
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>adverfine: {escape(title)}</title><style>{page_css}</style><h1>{escape(title)}</h1>"
             f"<p class=quiet>adverfine evaluation: {escape(attacks)}</p><p>Clean accuracy {report.clean:.1%}, "
-            f"robust accuracy {report.robust:.1%} (right clean and under everything that was tried) on {report.n} images under "
+            f"robust accuracy {report.robust:.1%} (right clean and under everything that was tried) on "
+            f"{report.n} images under "
             f"{escape(str(report.threat))}.</p>{report.to_html()}</html>")

@@ -29,7 +29,7 @@ from .escalation import check_budget, escalate as go_on
 from .report import RobustnessReport
 from .state import fingerprint, StateFolder
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #5811c82d
+# %% ../../nbs/evaluation/05_robustness.ipynb #d3d3397e
 def _in_order(attacks):
     "One attack or several as a tuple, cheapest first"
     attacks = tuple(L(attacks))
@@ -63,7 +63,7 @@ def check_alone(
     if together.shape!=alone.shape or not torch.allclose(together, again, rtol=1e-3, atol=1e-5): return
     if (together-alone).abs().max()>.1*together.abs().max():
         raise ValueError("what the network says of an image depends on the others in its batch: a BatchNorm in it is "
-                         "in train mode, where adversary and clean images would mix; call .eval() on the network inside")
+                         "in train mode, where clean and adversarial images mix: call .eval() on the network inside")
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #794a8ad4
 def _curve(case, n=128):
@@ -81,7 +81,7 @@ def _curve(case, n=128):
         stands,curve[eps] = judge.stands,judge.robust
     return curve
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #d6617263
+# %% ../../nbs/evaluation/05_robustness.ipynb #e776e28c
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
@@ -90,7 +90,7 @@ def evaluate(
     attacks, # One `Attack` or several, all under one threat model
     bs:int=256, # Images at a time
     seed:int=0, # Of the attacks' random starts
-    bf16:bool=None, # Craft in bfloat16? Default: where that is fastest, unless `model` is quantized, compiled or a function
+    bf16:bool=None, # Craft in bfloat16? Default: where that is fastest, unless `model` rounds
     thorough:bool=False, # Run all guards, on all images?
     escalate:bool=False, # Go on with stronger attacks until none finds more?
     budget:int=20_000, # Passes for an image, at most, that going on may take
@@ -108,8 +108,9 @@ def evaluate(
     if escalate: check_budget(budget, attacks[0].threat)
     folder = None
     if state is not None:
-        settings = dict(attacks=attacks, bs=bs, seed=seed, thorough=thorough, escalate=escalate, budget=budget)
-        folder = StateFolder(state, fingerprint(model, x, y, **settings))
+        mine = fingerprint([model, parent, fake_quantized], x, y, attacks=attacks, bs=bs, seed=seed, thorough=thorough,
+                           escalate=escalate, budget=budget)
+        folder = StateFolder(state, mine)
     with _progress_bar(progress) as bar, evaluating(model):
         def told(judge):
             bar.set_postfix_str(f'{judge.stands.sum()} of {len(x)} images standing', refresh=False)

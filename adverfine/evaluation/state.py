@@ -18,7 +18,7 @@ from .. import __version__
 from ..files import write_atomic
 from ..attacks.scoring import Judge
 
-# %% ../../nbs/evaluation/04_state.ipynb #6f1e0eec
+# %% ../../nbs/evaluation/04_state.ipynb #44863e11
 def _checksum(tensors):
     "Of the bytes of all `tensors`, in their order"
     total = 0
@@ -26,15 +26,16 @@ def _checksum(tensors):
     return total
 
 def fingerprint(
-    model, # A callable; the weights of a module are looked at
+    networks, # Those that take part; of a module, the weights are looked at
     x:Tensor, # Images
     y:Tensor, # Labels
     **settings # Anything whose `repr` says what it is
 ) -> dict: # Of texts and numbers
     "What makes an evaluation this one"
-    weights = list(model.state_dict().values()) if isinstance(model, nn.Module) else []
-    return dict(images=_checksum([x, y]), weights=_checksum([o for o in weights if isinstance(o, Tensor)]),
-                version=__version__, **{k: repr(v) for k,v in settings.items()})
+    entries = [o for m in networks if isinstance(m, nn.Module) for o in m.state_dict().values()]
+    weights = [o for o in entries if isinstance(o, Tensor)]
+    return dict(images=_checksum([x, y]), weights=_checksum(weights), version=__version__,
+                **{k: repr(v) for k,v in settings.items()})
 
 # %% ../../nbs/evaluation/04_state.ipynb #25683ac6
 class StateFolder:

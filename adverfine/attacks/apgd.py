@@ -7,9 +7,10 @@ Docs: https://adverfine.github.io/adverfine/attacks/apgd.html.md"""
 # %% auto #0
 __all__ = ['APGD']
 
-# %% ../../nbs/attacks/07_apgd.ipynb #1fda7400
+# %% ../../nbs/attacks/07_apgd.ipynb #0200acc3
 from dataclasses import dataclass
 import torch
+from torch import Tensor
 from fastcore.basics import patch
 from .attack import Attack, check_counts, cross_entropy, value_and_grad
 from .losses import dlr, margin, probability_margin, targeted_dlr
@@ -60,7 +61,7 @@ def check(self:_Climb, enough):
     self.grad = torch.where(back, self.best_grad, self.grad)
     self.checked,self.rises = self.best_loss,torch.zeros_like(self.rises)
 
-# %% ../../nbs/attacks/07_apgd.ipynb #77a4f936
+# %% ../../nbs/attacks/07_apgd.ipynb #571a418b
 _losses = dict(ce=lambda out, y, _: cross_entropy(out, y), dlr=lambda out, y, _: dlr(out, y),
                margin=lambda out, y, _: margin(out, y), pma=lambda out, y, _: probability_margin(out, y))
 
@@ -91,10 +92,12 @@ class APGD(Attack):
 
     def craft(self, model, x, y, generator):
         classes = ranked_classes(model, x, y, self.targets).T if self.targets else y[None]
-        def run_towards(target): return lambda i: self._run(model, x[i], y[i], target[i], generator)
+        loss = targeted_dlr if self.targets else _losses[self.loss]
+        def run_towards(target):
+            return lambda i: self.climb(model, x[i], y[i], self.start(x[i], generator), loss, target[i])
         return in_turn(map(run_towards, classes.repeat(self.restarts, 1)), model, x, y)
 
-# %% ../../nbs/attacks/07_apgd.ipynb #5c0aa3ff
+# %% ../../nbs/attacks/07_apgd.ipynb #3fa3ee0f
 @patch
 def direction(self:APGD, x, generator):
     "A random direction of length 1 in the norm"
@@ -104,16 +107,28 @@ def direction(self:APGD, x, generator):
     return d/d.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
 
 @patch
-def _run(self:APGD, model, x, y, target, generator):
-    start = self.threat.project(x + self.eps*self.direction(x, generator), x)
-    climb = _Climb(self, targeted_dlr if self.targets else _losses[self.loss], model, x, y, target, start)
+def start(self:APGD, x, generator):
+    "Where a run begins: a random point on the sphere around each image, brought back into the pixels' range"
+    return self.threat.project(x + self.eps*self.direction(x, generator), x)
+
+@patch
+def climb(self:APGD,
+    model, # A callable from pixels (N,C,H,W) to logits (N,classes)
+    x:Tensor, # Clean images (N,C,H,W)
+    y:Tensor, # Labels (N,)
+    start:Tensor, # Where to begin, shaped as `x`, such as `self.start(x, generator)`
+    loss, # Called with logits, labels and `target` of the images that still stand; gives a number for each (n,)
+    target:Tensor, # What the loss needs to know of each image, (N,...)
+) -> Tensor: # Adversarial images, shaped as `x`
+    "One run of `steps` steps up any loss: what fooled the network, or else where the loss was highest"
+    run = _Climb(self, loss, model, x, y, target, start)
     first,shorter,last = (max(int(p*self.steps), 1) for p in (.22, .03, .06))
     window = until_check = first
     for k in range(self.steps):
-        if not climb.compact(): break
-        climb.move(momentum=k>0)
+        if not run.compact(): break
+        run.move(momentum=k>0)
         until_check -= 1
         if until_check: continue
-        climb.check(self.rho*window)
+        run.check(self.rho*window)
         window = until_check = max(window-shorter, last)
-    return climb.finish(climb.best)
+    return run.finish(run.best)

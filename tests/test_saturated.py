@@ -120,7 +120,7 @@ def test_fields_and_what_they_refuse():
     net,x = _pieces(),_images()
     y = net(x).argmax(1)
     attack = PGDPlusPlus(.1)
-    assert (attack.name, attack.steps, attack.passes, attack.soft, attack.white_box)==('PGD++', 20, 61, False, True)
+    assert (attack.name, attack.steps, attack.passes, attack.soft, attack.white_box)==('PGD++', 20, 43, False, True)
     assert attack.scaled(.5)==PGDPlusPlus(.05)
     for kw,why in [(dict(scaling='x'), "'njs' or 'hns'"), (dict(rho=0), 'rho=0'), (dict(rho=.5), 'rho=0.5'),
             (dict(steps=0), 'steps=0'), (dict(restarts=0), 'restarts=0'), (dict(step_size=0), 'step_size=0')]:

@@ -15,7 +15,7 @@ from .apgd import APGD
 from .fab import FAB
 from .square import Square
 
-# %% ../../nbs/attacks/12_autoattack.ipynb #d9a4124f
+# %% ../../nbs/attacks/12_autoattack.ipynb #273a9bc0
 _versions = dict(
     standard=((APGD, dict(steps=100)), (APGD, dict(steps=100, loss='dlr', targets=9)),
               (FAB, dict(steps=100, targets=9)), (Square, dict(queries=5000))),
@@ -40,7 +40,7 @@ class AutoAttack(Attack):
     @property
     def name(self): return 'AutoAttack' if self.version=='standard' else f'AutoAttack-{self.version}'
     @property
-    def passes(self): return sum(o.passes for o in self.parts)
+    def passes(self): return sum(o.passes+1 for o in self.parts)
 
     def craft(self, model, x, y, generator):
         def run_by(part): return lambda i: part(model, x[i], y[i], generator)

@@ -82,7 +82,7 @@ class _Tempered:
         if self.attack.scaling=='njs': return jacobian_temperature(jacobian(self.model, x[:100]))
         return hessian_temperature(out, self.y, jacobian(self.model, x))
 
-# %% ../../nbs/attacks/08_saturated.ipynb #10787be2
+# %% ../../nbs/attacks/08_saturated.ipynb #ab1e744c
 @dataclass(frozen=True)
 class PGDPlusPlus(PGD):
     "PGD on logits with a temperature, for saturated networks; [arXiv 2003.13511](https://arxiv.org/abs/2003.13511)"
@@ -100,7 +100,7 @@ class PGDPlusPlus(PGD):
     @property
     def name(self): return 'PGD++'
     @property
-    def passes(self): return super().passes+1
+    def passes(self): return super().passes+3
 
     def craft(self, model, x, y, generator):
         with torch.no_grad(): out = logits_of(model, x, y)

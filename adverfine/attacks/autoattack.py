@@ -15,12 +15,13 @@ from .apgd import APGD
 from .fab import FAB
 from .square import Square
 
-# %% ../../nbs/attacks/12_autoattack.ipynb #273a9bc0
+# %% ../../nbs/attacks/12_autoattack.ipynb #c4e98a93
 _versions = dict(
     standard=((APGD, dict(steps=100)), (APGD, dict(steps=100, loss='dlr', targets=9)),
               (FAB, dict(steps=100, targets=9)), (Square, dict(queries=5000))),
     fast=((APGD, dict(steps=40)), (Square, dict(queries=500))),
-    adaptive=((APGD, dict(steps=40, loss='margin')), (APGD, dict(steps=15, loss='dlr', targets=9)), (Square, dict(queries=300))))
+    adaptive=((APGD, dict(steps=40, loss='margin')), (APGD, dict(steps=15, loss='dlr', targets=9)),
+              (Square, dict(queries=300))))
 
 @dataclass(frozen=True)
 class AutoAttack(Attack):

@@ -17,7 +17,7 @@ from .study import Study
 from .protocol import versions
 from .tables import accuracy_table, plot_study
 
-# %% ../../nbs/study/03_page.ipynb #61ee0905
+# %% ../../nbs/study/03_page.ipynb #8856b803
 def _adversary(attack):
     start = "from a random point of that ball" if attack.random_start else "from the clean image"
     step = attack.step_size if attack.step_size is not None else 2.5*attack.eps/attack.steps
@@ -30,8 +30,8 @@ def _adversary(attack):
 def _further(study):
     "What became of the images that PGD left standing"
     if study.escalate:
-        return ("What stood was attacked further, by an adaptive AutoAttack and then by stronger attacks for as long as "
-                "a guard found more; on compressed networks also with images made on their parent. ")
+        return ("What stood was attacked further, by an adaptive AutoAttack and then by stronger attacks for as long "
+                "as a guard found more; on compressed networks also with images made on their parent. ")
     only = "The figures are those of this attack alone, as in the reference study. " if study.paper else ""
     return f"{only}The evaluation did not go on to stronger attacks; guards tried a few on a sample of what stood. "
 
@@ -49,8 +49,9 @@ def in_words(
     df = study.results()
     seeds = ("Beside these stands, after ± and as a broad bar, the 95 % interval of the mean over seeds, mean ± t s/√k "
              "with Student's t and the standard deviation s of the k seeds. " if df.seed.nunique()>1 else "")
-    return (f"{_adversary(study.attack)} {_further(study)}An image counts as robust only if the network is right about it both clean "
-            "and under everything that was tried, so robust accuracy never exceeds clean accuracy. "
+    return (f"{_adversary(study.attack)} {_further(study)}An image counts as robust only if the "
+            "network is right about it both clean and under everything that was tried, "
+            "so robust accuracy never exceeds clean accuracy. "
             f"Parents were trained for {study.epochs} epochs; fine-tuning took {study.fine_tune_epochs}, "
             f"the adversarial one against PGD with {study.train_attack.steps} steps. "
             "The test images served for the final evaluation of each network and for nothing else; "

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study/study.html.md"""
 # %% auto #0
 __all__ = ['Study']
 
-# %% ../../nbs/study/01_study.ipynb #97dbe564
+# %% ../../nbs/study/01_study.ipynb #e1b27420
 import json, random, sys, time, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -33,7 +33,7 @@ from ..compression.pruning import prune
 from ..training.acceleration import BF16
 from ..training.adversarial import AdversarialTraining
 from .protocol import (Cell, check_protocol, columns, completed, defaults, evaluation_passes, judged,
-                                      may_differ, newer, study_networks, training_passes, versions)
+                                      may_differ, study_networks, training_passes, versions)
 
 # %% ../../nbs/study/01_study.ipynb #ec241a6f
 @dataclass
@@ -100,7 +100,7 @@ def cells(self:Study):
     return [Cell(self.data, s, p, c, l, f)
             for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../../nbs/study/01_study.ipynb #94e8db5e
+# %% ../../nbs/study/01_study.ipynb #1f7f54b2
 def _load(path):
     try: return json.loads(path.read_text())
     except ValueError as e:
@@ -114,7 +114,7 @@ def claim(self:Study):
     file = self.out/'study.json'
     with locked(self.out):
         if not file.exists(): write_atomic(file, json.dumps(dict(study=mine, version=__version__), indent=1))
-    theirs = {k: mine[k] for k in newer} | _load(file)['study']
+    theirs = dict(escalate=self.escalate) | _load(file)['study']  # folders of older versions do not name that
     odd = [f'{k} is {theirs.get(k)!r} there and {v!r} here' for k,v in mine.items() if theirs.get(k)!=v]
     if odd: raise ValueError(f"{self.out} holds another study ({'; '.join(odd)}): name another output folder")
 

@@ -12,8 +12,8 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
-# %% ../../nbs/study/02_tables.ipynb #554fffa0
-_t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Of Student's distribution, two-sided 95 %
+# %% ../../nbs/study/02_tables.ipynb #6e75425b
+_t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's, two-sided 95 %
 
 def seeds_half_width(
     values, # One for each seed
@@ -61,7 +61,7 @@ def accuracy_table(
     for k in ('macs', 'bytes'): table[k] = table[k].map('{:,}'.format)
     return table.fillna('').rename(columns=_tunings | dict(macs='MACs'))
 
-# %% ../../nbs/study/02_tables.ipynb #82a5d317
+# %% ../../nbs/study/02_tables.ipynb #a2efdba7
 _colours = dict(standard='#4477aa', adversarial='#cc6644')
 _labels = dict(prune='share of channels removed', quantize='bits of weights and activations', none='not compressed')
 
@@ -85,12 +85,11 @@ def _panel(ax, df, kind):
         for what,style,fill in (('clean', '-', colour), ('robust', '--', 'white')):
             curve = _curve(df[df.fine_tuning==tuning], what).reindex(levels).dropna(subset='middle')
             if not len(curve): continue
-            look = dict(fmt=f'o{style}', mfc=fill, ms=4.5, lw=1.6, elinewidth=.8)
             x = [places[o] for o in curve.index]
-            ax.errorbar(x, curve.middle, [curve.below, curve.above], color=colour, label=f'{what}, {tuning} fine-tuning',
-                        **look)
-            beside = .012*max(max(places.values()), 1)
-            ax.errorbar([o+beside for o in x], curve.middle, curve.seeds, fmt='none', ecolor=colour, elinewidth=3, alpha=.35)
+            beside = [o + .012*max(*places.values(), 1) for o in x]
+            ax.errorbar(x, curve.middle, [curve.below, curve.above], fmt=f'o{style}', color=colour, mfc=fill, ms=4.5,
+                        lw=1.6, elinewidth=.8, label=f'{what}, {tuning} fine-tuning')
+            ax.errorbar(beside, curve.middle, curve.seeds, fmt='none', ecolor=colour, elinewidth=3, alpha=.35)
     if kind=='quantize': ax.set_xticks(at, [f'{o:g}' if o else 'float' for o in levels])
     if kind=='none': ax.set_xticks([0], ['dense'])
     ax.set(xlabel=_labels[kind], ylim=(0, 1))

@@ -73,7 +73,7 @@ def _loaded_learner(path, dls, factory):
                          "name the data set that it was trained on")
     return Learner(dls, model.model if normalizations else model, loss_func=nn.CrossEntropyLoss())
 
-# %% ../../nbs/training/08_recipes.ipynb #7baf307a
+# %% ../../nbs/training/08_recipes.ipynb #eff738a2
 def compress(
     path, # Folder that `learn.save_compressed` has written
     out, # Folder for the smaller network
@@ -103,8 +103,8 @@ def compress(
         if epochs and adversarial: learn.adversarial_fine_tune(epochs, eps, lr)
         elif epochs: learn.fit_one_cycle(epochs, lr)
         if eps is not None:
-            report = learn.robustness(PGD(eps, steps=20), seed=seed, progress=progress, parent=parent, escalate=escalate,
-                                      **kwargs)
+            options = dict(seed=seed, progress=progress, parent=parent, escalate=escalate)
+            report = learn.robustness(PGD(eps, steps=20), **options | kwargs)
     arguments = {} if factory else made['kwargs']
     learn.save_compressed(out, factory=factory or made['factory'], report=report, **arguments)
     return report

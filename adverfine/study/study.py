@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study/study.html.md"""
 # %% auto #0
 __all__ = ['Study']
 
-# %% ../../nbs/study/01_study.ipynb #e1b27420
+# %% ../../nbs/study/01_study.ipynb #a8eb3da8
 import json, random, sys, time, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -32,8 +32,8 @@ from ..attacks.gradient import PGD
 from ..compression.pruning import prune
 from ..training.acceleration import BF16
 from ..training.adversarial import AdversarialTraining
-from .protocol import (Cell, check_protocol, columns, completed, defaults, evaluation_passes, judged,
-                                      may_differ, study_networks, training_passes, versions)
+from .protocol import (Cell, check_protocol, completed, defaults, evaluation_passes, judged,
+                                      may_differ, row_columns, study_networks, training_passes, versions)
 
 # %% ../../nbs/study/01_study.ipynb #ec241a6f
 @dataclass
@@ -100,7 +100,7 @@ def cells(self:Study):
     return [Cell(self.data, s, p, c, l, f)
             for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../../nbs/study/01_study.ipynb #1f7f54b2
+# %% ../../nbs/study/01_study.ipynb #03b31b2f
 def _load(path):
     try: return json.loads(path.read_text())
     except ValueError as e:
@@ -128,7 +128,7 @@ def _parent_file(self:Study, cell): return self.out/'parents'/f'{cell.parent_nam
 def results(self:Study) -> pd.DataFrame:
     "The cells of this study that are finished, one a row: what is in `results.csv`"
     done = [f for f in map(self._cell_file, self.cells()) if f.exists()]
-    return pd.DataFrame([completed(_load(f)) for f in done], columns=columns)
+    return pd.DataFrame([completed(_load(f)) for f in done], columns=row_columns)
 
 @patch
 def _write_results(self:Study):
@@ -182,7 +182,7 @@ def _parent(self:Study, dls, cell, tick):
     except (SafetensorError, KeyError, TypeError) as e:
         raise ValueError(f"{file} is damaged ({e}): delete it, and the parent will be trained again") from e
 
-# %% ../../nbs/study/01_study.ipynb #717df834
+# %% ../../nbs/study/01_study.ipynb #a99af97a
 @patch
 def measure(self:Study,
     cell:Cell, # Which row
@@ -210,7 +210,7 @@ def measure(self:Study,
     example = dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)
     row = asdict(cell) | judged(report, self.attack.name if self.paper and not self.escalate else None)
     row |= dict(attack=self.attack.name, eps=self.eps, **asdict(cost(learn.model, example)))
-    return {k: (row | dict(seconds=round(taken, 3), version=__version__))[k] for k in columns}
+    return {k: (row | dict(seconds=round(taken, 3), version=__version__))[k] for k in row_columns}
 
 # %% ../../nbs/study/01_study.ipynb #793a050a
 @patch

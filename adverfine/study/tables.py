@@ -61,7 +61,7 @@ def accuracy_table(
     for k in ('macs', 'bytes'): table[k] = table[k].map('{:,}'.format)
     return table.fillna('').rename(columns=_tunings | dict(macs='MACs'))
 
-# %% ../../nbs/study/02_tables.ipynb #a2efdba7
+# %% ../../nbs/study/02_tables.ipynb #e91b0c48
 _colours = dict(standard='#4477aa', adversarial='#cc6644')
 _labels = dict(prune='share of channels removed', quantize='bits of weights and activations', none='not compressed')
 
@@ -89,7 +89,8 @@ def _panel(ax, df, kind):
             beside = [o + .012*max(*places.values(), 1) for o in x]
             ax.errorbar(x, curve.middle, [curve.below, curve.above], fmt=f'o{style}', color=colour, mfc=fill, ms=4.5,
                         lw=1.6, elinewidth=.8, label=f'{what}, {tuning} fine-tuning')
-            ax.errorbar(beside, curve.middle, curve.seeds, fmt='none', ecolor=colour, elinewidth=3, alpha=.35)
+            if curve.seeds.notna().any():
+                ax.errorbar(beside, curve.middle, curve.seeds, fmt='none', ecolor=colour, elinewidth=3, alpha=.35)
     if kind=='quantize': ax.set_xticks(at, [f'{o:g}' if o else 'float' for o in levels])
     if kind=='none': ax.set_xticks([0], ['dense'])
     ax.set(xlabel=_labels[kind], ylim=(0, 1))

@@ -17,7 +17,7 @@ def _command(commands, run, about, **kwargs):
     parser.set_defaults(run=run)
     return parser.add_argument
 
-# %% ../nbs/02_cli.ipynb #ce3af243
+# %% ../nbs/02_cli.ipynb #8572ac5b
 def _study(args):
     from adverfine.study.study import Study
     from adverfine.study.tables import accuracy_table
@@ -32,16 +32,16 @@ def _study(args):
     files = write_report(study)
     print('Clean / robust accuracy in percent, by fine-tuning\n')
     print(accuracy_table(df).to_string(index=False))
-    print(f"\n{df.attack[0]}, {study.attack.threat}, {df.n[0]} test images. Robust: right clean and attacked; "
-          "≤ where a guard found signs that a stronger attack would find more.")
+    print(f"\n{df.attack[0]}{', escalated' if study.escalate else ''}, {study.attack.threat}, {df.n[0]} test images. "
+          "Robust: right clean and attacked; [95 % interval]; ≤ where it is an upper bound.")
     for name,path in files.items(): print(f'{name:12} {path}')
 
-# %% ../nbs/02_cli.ipynb #70edd7e2
+# %% ../nbs/02_cli.ipynb #347191fa
 def _add_study(commands):
     add = _command(commands, _study, 'train, compress, fine-tune, attack: table and figure', description=
         'Train a parent, prune and quantize it at several levels, fine-tune each normally and adversarially, measure.\n'
-        'Options that are left out get the defaults of the data set. '
-        'A study that was interrupted goes on where it stopped.', formatter_class=argparse.RawDescriptionHelpFormatter)
+        "Options that are left out get the data set's defaults. What was interrupted goes on where it stopped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add('data', metavar='NAME', help='digits (no download, minutes), fashion_mnist or cifar10')
     add('--out', help='output folder; default: studies/NAME')
     add('--levels', type=float, nargs='*', help='shares of channels to prune, such as 0.5 0.9')
@@ -61,11 +61,11 @@ def _add_study(commands):
     add('--n-test', type=int, help='evaluate on only so many test images')
     add('--path', help='folder of the data set')
     add('--paper', action='store_true', help='the threat model of arXiv 2403.09441 for training and testing')
-    add('--bf16', action=argparse.BooleanOptionalAction, default=None,
-        help='train and craft in bfloat16; default: where the hardware has it')
+    add('--escalate', action=argparse.BooleanOptionalAction, help='go on after PGD; default: yes, but not with --paper')
+    add('--bf16', action=argparse.BooleanOptionalAction, help='use bfloat16; default: where the hardware has it')
     add('--download', action='store_true', help='let torchvision download the data set')
 
-# %% ../nbs/02_cli.ipynb #9ebbee92
+# %% ../nbs/02_cli.ipynb #124b1247
 def _data(args):
     "The function that makes the DataLoaders of the data set that was named"
     from functools import partial
@@ -81,18 +81,18 @@ def _check_shape(shape, args, made_for):
         raise ValueError(f"{args.model} is for images of shape {made_for}, and those of {args.data} have {shape}: "
                          "name the data set that it was trained on")
 
-_attacks = dict(autoattack=('AutoAttack', {}), fast=('AutoAttack', dict(version='fast')), apgd=('APGD', {}),
-                apgd_dlr=('APGD', dict(loss='dlr')), fab=('FAB', {}), square=('Square', {}),
+_attacks = dict(autoattack=('AutoAttack', {}), fast=('AutoAttack', dict(version='fast')),
+                adaptive=('AutoAttack', dict(version='adaptive')), apgd=('APGD', {}),
+                apgd_dlr=('APGD', dict(loss='dlr')), fab=('FAB', {}), fmn=('FMN', {}), square=('Square', {}),
                 pgd=('PGD', dict(steps=20)), pgd50=('PGD', dict(steps=50)), fgsm=('FGSM', {}))
 
 def _attack(name, eps, norm):
-    from adverfine.attacks import apgd, autoattack, fab, gradient, square
-    kinds = dict(AutoAttack=autoattack.AutoAttack, APGD=apgd.APGD, FAB=fab.FAB, Square=square.Square,
-                 PGD=gradient.PGD, FGSM=gradient.FGSM)
+    from importlib import import_module
     kind,options = _attacks[name]
-    return kinds[kind](eps, norm=norm, **options)
+    module = import_module(f"adverfine.attacks.{'gradient' if kind in ('PGD', 'FGSM') else kind.lower()}")
+    return getattr(module, kind)(eps, norm=norm, **options)
 
-# %% ../nbs/02_cli.ipynb #7122bf43
+# %% ../nbs/02_cli.ipynb #8d9be56f
 def _evaluate(args):
     unknown = [o for o in args.attack if o not in _attacks]
     if unknown: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
@@ -110,15 +110,20 @@ def _evaluate(args):
     dls = make_dls()
     _check_shape(tuple(dls.valid.one_batch()[0].shape[1:]), args, made_for)
     learn = Learner(dls, model, loss_func=CrossEntropyLoss())
-    result = learn.robustness(chosen, n=args.n, deployed=OnnxNetwork(args.onnx) if args.onnx else None, seed=args.seed,
-                              thorough=args.thorough, progress=sys.stderr.isatty())
+    options = {k: getattr(args, k) for k in 'n seed escalate budget state thorough'.split()}
+    result = learn.robustness(chosen, deployed=OnnxNetwork(args.onnx) if args.onnx else None, **options,
+                              parent=args.parent and load_compressed(args.parent), progress=sys.stderr.isatty())
     if args.html: write_atomic(args.html, robustness_page(result, args.model))
     print(result.to_json() if args.json else result)
 
-# %% ../nbs/02_cli.ipynb #f9c58ea4
+# %% ../nbs/02_cli.ipynb #8c9afba8
+def _add_escalate(add):
+    further = 'go on with stronger attacks until none finds more; default: yes'
+    add('--escalate', action=argparse.BooleanOptionalAction, default=True, help=further)
+    add('--budget', type=int, default=20_000, help='passes for an image that this may take; default: 20000')
+
 def _add_evaluate(commands):
-    add = _command(commands, _evaluate,
-                   'attack a saved network: clean and robust accuracy, and whether to believe them')
+    add = _command(commands, _evaluate, 'attack a saved network: clean and robust accuracy, and whether to trust them')
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
     add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10; its test images are taken')
     add('--attack', nargs='+', default=['autoattack'], metavar='NAME',
@@ -127,43 +132,43 @@ def _add_evaluate(commands):
     add('--norm', default='linf', help='linf, l2, l1 or l0')
     add('--n', type=int, help='only so many test images, drawn at random')
     add('--seed', type=int, default=0, help="of that draw and of the attacks' random starts")
-    add('--onnx', metavar='FILE', help='score on this file instead, which adverfine export has made of the network: '
-                                       'attacked through the network, and by square itself')
+    add('--onnx', metavar='FILE', help='score on this file instead, which adverfine export has made of the network')
+    _add_escalate(add)
+    add('--state', metavar='FOLDER', help='write down what is known, and go on from there after an interruption')
+    add('--parent', metavar='MODEL_DIR', help='folder of the network before compression, to make images on as well')
     add('--thorough', action='store_true', help='run all guards, on all images')
     add('--path', help='folder of the data set')
     add('--json', action='store_true', help='print JSON')
     add('--html', metavar='FILE', help='write a page as well')
 
-# %% ../nbs/02_cli.ipynb #13d8c9ca
+# %% ../nbs/02_cli.ipynb #80a8b4af
 def _compress(args):
     from adverfine.training.recipes import compress
     from adverfine.study.study import Study
     dls = _data(args)
     eps = Study(args.data).eps if args.eps is None else args.eps
     out = args.out or f'{args.model.rstrip("/")}-compressed'
-    bits = args.bits
-    if bits: bits = bits[0] if len(bits)==1 else tuple(bits)
+    bits = args.bits and (args.bits[0] if len(args.bits)==1 else tuple(args.bits))
     report = compress(args.model, out, dls, args.prune, bits, args.epochs, eps, args.adversarial, args.lr,
-                      seed=args.seed, progress=sys.stderr.isatty())
+                      seed=args.seed, progress=sys.stderr.isatty(), escalate=args.escalate, budget=args.budget)
     print(report, out, sep='\n\n')
 
 def _add_compress(commands):
-    add = _command(commands, _compress,
-                   'prune, quantize and fine-tune a saved network, measure it and save it again')
+    add = _command(commands, _compress, 'prune, quantize and fine-tune a saved network, measure it and save it again')
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
     add('--out', help='folder for the smaller network; default: MODEL_DIR-compressed')
     add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10')
     add('--prune', type=float, metavar='LEVEL', help='share of the channels to remove, such as 0.5')
-    add('--bits', type=int, nargs='+',
-        help='bits to quantize to, of 16 8 4 3 2 1; two numbers: for weights and for inputs')
+    add('--bits', type=int, nargs='+', help='to quantize to, of 16 8 4 3 2 1; two numbers: for weights and for inputs')
     add('--epochs', type=int, default=3, help='of fine-tuning; default: 3')
     add('--adversarial', action='store_true', help='fine-tune on adversarial images')
     add('--eps', type=float, help="radius of the l-inf ball in pixels; default: that of the data set's study")
     add('--lr', type=float, default=3e-3, help='top of the one-cycle learning rate; default: 0.003')
     add('--seed', type=int, default=0)
+    _add_escalate(add)
     add('--path', help='folder of the data set')
 
-# %% ../nbs/02_cli.ipynb #213b9d0b
+# %% ../nbs/02_cli.ipynb #78a12c9c
 def _export(args):
     import torch
     from adverfine.data.pixels import pixels
@@ -176,18 +181,15 @@ def _export(args):
     print(write_onnx(load_compressed(args.model), args.onnx, x))
 
 def _add_export(commands):
-    add = _command(commands, _export,
-                   'write a saved network as ONNX, integers if it is quantized, after comparing the two')
+    add = _command(commands, _export, 'write a saved network as ONNX, integers if it is quantized, once the two agree')
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
     add('--onnx', required=True, metavar='FILE', help='file to write')
-    add('--data', metavar='NAME', help='compare on validation images of digits, fashion_mnist or cifar10; '
-                                       'default: on random images')
+    add('--data', metavar='NAME', help='compare on validation images of this set; default: on random images')
     add('--path', help='folder of the data set')
 
-# %% ../nbs/02_cli.ipynb #e7b9894a
+# %% ../nbs/02_cli.ipynb #fa10cd15
 _benches = dict(
-    data='one pass over the 60,000 Fashion-MNIST images',
-    evaluation='AutoAttack against torchattacks (half an hour)',
+    data='one pass over the 60,000 Fashion-MNIST images', evaluation='AutoAttack against torchattacks (half an hour)',
     inference='dense, pruned and int8 networks in every engine that is installed (minutes)',
     training='a step of adversarial training against other libraries (minutes)',
     precision='robust accuracy after training in bfloat16 and in float32 (ten minutes)',
@@ -207,7 +209,7 @@ def _measured(what, args):
     table = recipes.recipe_race(out, args.seconds, args.seed, n=args.n or 200, path=args.path)
     return dict(parts=table.to_dict('records'))
 
-# %% ../nbs/02_cli.ipynb #0eafe565
+# %% ../nbs/02_cli.ipynb #46a95a01
 def _bench(args):
     if (args.n is not None and args.n<1) or args.rounds<1 or not args.seconds>0:
         raise ValueError(f'--n {args.n}, --rounds {args.rounds} and --seconds {args.seconds} must be positive')
@@ -225,8 +227,7 @@ def _add_bench(commands):
     add('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
     add('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
     add('--seed', type=int, default=0, help='of recipes and bits')
-    add('--out', help='folder for the results of recipes and bits, which go on where they were stopped; '
-                      'default: studies/NAME')
+    add('--out', help='folder for the results of recipes and bits, which go on from there; default: studies/NAME')
     add('--path', help='folder of the data set')
     add('--json', action='store_true', help='print JSON')
 

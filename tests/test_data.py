@@ -18,7 +18,7 @@ def fashion(tmp_path):
 
 def test_fashion_from_a_folder(fashion):
     dls = fashion_mnist_dls(fashion, bs=8)
-    assert [len(dl.dataset) for dl in dls]==[36, 4, 20]
+    assert [len(dl.dataset) for dl in dls]==[36, 4, 20] and {dl.dataset.name for dl in dls}=={'Fashion-MNIST'}
     x,y = dls.one_batch()
     assert x.shape==(8, 1, 28, 28) and 0<=x.min() and x.max()<=1 and len(dls.vocab)==dls.c==10
 
@@ -58,6 +58,7 @@ def test_cifar_from_folders(cifar):
     dls = cifar10_dls(cifar, bs=8)
     x,y = dls.one_batch()
     assert x.shape==(8, 3, 32, 32) and [len(dl.dataset) for dl in dls]==[27, 3, 30]
+    assert dls.test.dataset.name=='CIFAR-10 (image folder)'
     ims = {np.asarray(Image.open(f)).transpose(2, 0, 1).tobytes() for f in cifar.glob('test/*/*')}
     assert ims=={o.numpy().tobytes() for o in dls.test.dataset.x}
 
@@ -80,7 +81,8 @@ def test_cifar_from_batches(tmp_path, protocol):
     for name in cifar_batches:
         d = dict(batch_label=name, data=rng.integers(0, 256, (10, 3072), dtype=np.uint8), labels=list(range(10)))
         (folder/name).write_bytes(pickle.dumps(d, protocol=protocol))
-    assert [len(dl.dataset) for dl in cifar10_dls(tmp_path)]==[45, 5, 10]
+    dls = cifar10_dls(tmp_path)
+    assert [len(dl.dataset) for dl in dls]==[45, 5, 10] and dls.valid.dataset.name=='CIFAR-10'
     (folder/'data_batch_3').write_bytes((folder/'data_batch_3').read_bytes()[:500])
     with pytest.raises(ValueError, match='data_batch_3 is damaged'): cifar10_dls(tmp_path)
 
@@ -169,3 +171,12 @@ def test_fastai_predicts_interprets_and_exports(tmp_path, kind, normalize):
     (torch.zeros(1, 8, 8).long(), 'int64')])
 def test_odd_images_are_refused(item, why):
     with pytest.raises(ValueError, match=why): digits_dls(n_train=100).test_dl([item])
+
+def test_the_name_of_a_set_stays_with_its_images():
+    dls = digits_dls(n_train=100, n_test=30)
+    more = [dls.test_dl(dls.test.dataset.x[:3]), dls.test_dl([(o, 1) for o in dls.test.dataset.x[:3]]),
+            dls.test.new(bs=2), dls.new_empty().train]
+    assert [dl.dataset.name for dl in (*dls, *more)]==['digits']*7
+    assert digits_dls(name='mine', n_train=100).train.dataset.name=='mine'
+    x,y = torch.rand(10, 1, 4, 4),torch.arange(10)
+    assert image_dls((x, y), (x, y)).test.dataset.name==''

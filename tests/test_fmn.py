@@ -145,5 +145,5 @@ def test_fields_and_what_they_refuse():
         with pytest.raises(ValueError, match=why): FMN(.1, **kw)
     with pytest.raises(ValueError, match='8/255'): FMN(8)
     attack = FMN(.1, steps=7)
-    assert attack.name=='FMN' and attack.passes==22 and attack.white_box and not attack.soft
+    assert attack.name=='FMN' and attack.passes==14 and attack.white_box and not attack.soft
     assert attack.scaled(.5)==FMN(.05, steps=7)

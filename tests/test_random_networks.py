@@ -95,7 +95,7 @@ def _seed(): return torch.Generator().manual_seed(0)
 def test_fields_names_and_what_is_refused(trained):
     model,x,y = trained
     attack = EOT(PGD(.1, steps=4, step_size=.04, norm='l2', clamp=False), samples=3)
-    assert attack.threat==ThreatModel(.1, 'l2', False) and attack.name=='PGD-4 EOT-3' and attack.passes==36
+    assert attack.threat==ThreatModel(.1, 'l2', False) and attack.name=='PGD-4 EOT-3' and attack.passes==24
     assert attack.white_box and attack.soft and not EOT(Square(.1)).white_box and not EOT(Square(.1)).soft
     assert EOT(FGSM(.1)).samples==8
     half = attack.scaled(.5)

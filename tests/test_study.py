@@ -1,17 +1,22 @@
 "A study that is killed, interrupted, extended or misused"
 import json, os, signal, subprocess, sys, time, warnings
 import pandas as pd, pytest, torch
+from scipy.stats import t as student
 from safetensors.torch import load_file
+from adverfine.threat import ThreatModel
 from adverfine.networks.zoo import cnn8
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
+from adverfine.evaluation.report import interval, RobustnessReport
+from adverfine.study.protocol import completed, judged, row_columns as columns
 from adverfine.study.study import Study
-from adverfine.study.tables import accuracy_table, plot_study
+from adverfine.study.tables import accuracy_table, plot_study, seeds_half_width
 from adverfine.study.page import in_words, write_report
 
-tiny = dict(levels=(.3,.6), bits=(4,), epochs=3, fine_tune_epochs=1, n_train=300, n_test=60, steps=3, train_steps=1)
+tiny = dict(levels=(.3,.6), bits=(4,), epochs=3, fine_tune_epochs=1, n_train=300, n_test=60, steps=3, train_steps=1,
+            escalate=False)
 options = ('--levels 0.3 0.6 --bits 4 --epochs 3 --fine-tune-epochs 1 --n-train 300 --n-test 60 --steps 3 '
-           '--train-steps 1').split()
+           '--train-steps 1 --no-escalate').split()
 env = dict(os.environ, OMP_NUM_THREADS='1')
 
 def _cli(*args, **kw):
@@ -61,9 +66,15 @@ def test_extended_not_repeated(tmp_path):
     assert len(more.run(progress=False))==12
     assert len(stamp)==6 and all(f.stat().st_mtime_ns==t for f,t in stamp.items())
     df = pd.read_csv(tmp_path/'results.csv')
-    assert list(df.columns)==('data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack '
-                              'eps params macs bytes latency_ms seconds version').split()
-    assert df.notna().all().all() and (df.robust<df.clean).all()   # PGD takes something of each
+    assert list(df.columns)==columns and columns[:19]==('data seed parent compression level fine_tuning clean robust '
+        'clean_ci robust_ci n attack eps params macs bytes latency_ms seconds version').split()
+    assert df.drop(columns='reasons').notna().all().all() and (df.robust<df.clean).all()   # PGD takes something of each
+    for row in df.itertuples():
+        for k in ('clean', 'robust'):
+            low,high = getattr(row, f'{k}_low'),getattr(row, f'{k}_high')
+            assert (low,high)==pytest.approx(interval(getattr(row, k), 60)) and low<=getattr(row, k)<=high
+            assert getattr(row, f'{k}_ci')==pytest.approx((high-low)/2)
+        assert (row.verdict=='trusted')==isinstance(row.reasons, float) and row.split=='test' and row.passes>0
     net,test = cnn8(size=8).eval(),digits_dls(n_train=300, n_test=60).test
     net.load_state_dict(load_file(next((tmp_path/'parents').iterdir())))
     x,y = pixels(test)
@@ -71,7 +82,7 @@ def test_extended_not_repeated(tmp_path):
     assert df.clean[0]==pytest.approx(right.float().mean().item())
     files = write_report(more)
     assert files and all(f.stat().st_size for f in files.values())
-    for bad in (dict(eps=.2), dict(steps=4), dict(n_test=50)):
+    for bad in (dict(eps=.2), dict(steps=4), dict(n_test=50), dict(escalate=True)):
         other = Study('digits', out=tmp_path, **{**tiny, **bad})
         with pytest.raises(ValueError, match='holds another study'): other.run(progress=False)
 
@@ -94,6 +105,7 @@ def test_parents_and_seeds(tmp_path):
     assert len(df)==12 and len(list((tmp_path/'parents').iterdir()))==4
     assert '±' in accuracy_table(df).to_string()
     assert len(plot_study(df).axes)==4
+    assert 'mean ± t s/√k' in in_words(study)
 
 @pytest.mark.parametrize('fine_tunings', [('none',), ('standard',)])
 def test_any_part_of_the_grid_can_be_drawn(tmp_path, fine_tunings):
@@ -138,7 +150,6 @@ def test_rows_of_several_versions_are_said_to_be(tmp_path):
     second.write_text(json.dumps(json.loads(second.read_text()) | dict(version='0.0.1')))
     with pytest.warns(UserWarning, match='several versions.*0.0.1'): df = study.run(progress=False)
     assert sorted(df.version)==sorted(['unknown', '0.0.1', adverfine.__version__])
-    assert pd.read_csv(tmp_path/'results.csv').columns[-1]=='version'
     assert '1 by unknown' in in_words(study) and '1 by 0.0.1' in write_report(study)['report.html'].read_text()
 
 def test_a_race_with_other_images_is_another(tmp_path):
@@ -147,3 +158,75 @@ def test_a_race_with_other_images_is_another(tmp_path):
     folder(n_train=100, path='here')
     folder(n_train=100, path='there', download=True)
     with pytest.raises(ValueError, match='n_train'): folder(n_train=200, path='here')
+
+def test_a_folder_of_an_older_version_goes_on(tmp_path):
+    grid = dict(levels=(.3,), bits=(), fine_tunings=('none',))
+    study = Study('digits', out=tmp_path, **{**tiny, **grid})
+    now = study.run(progress=False)
+    said = json.loads((tmp_path/'study.json').read_text())
+    del said['study']['escalate']
+    (tmp_path/'study.json').write_text(json.dumps(said))
+    dense,pruned = sorted((tmp_path/'cells').iterdir())
+    row = json.loads(dense.read_text())
+    kept = [*columns[:18], 'verdict']         # what was in a row before there were versions
+    dense.write_text(json.dumps({k: row[k] for k in kept} | dict(verdict='upper bound: possible gradient masking')))
+    pruned.unlink()
+    with pytest.warns(UserWarning, match='several versions'):
+        df = Study('digits', out=tmp_path, **{**tiny, **grid, 'escalate': None}).run(progress=False)
+    old,new = (df[df.compression==o].iloc[0] for o in ('none', 'prune'))
+    same = ['clean', 'robust', 'clean_low', 'robust_low', 'robust_high', 'clean_ci', 'split']
+    assert old[same].tolist()==now.iloc[0][same].tolist() and pd.isna(old.passes) and pd.isna(old.reasons)
+    assert old.version=='unknown' and not old.broken and new.passes>2*now.passes[1] and new.robust<=now.robust[1]
+    for k in write_report(study): assert (tmp_path/k).stat().st_size
+    shown = accuracy_table(df)['not fine-tuned']
+    assert '≤' in shown[0] and f'[{old.clean_low*100:.1f}, {old.clean_high*100:.1f}] /' in shown[0]
+    assert 'NaN' not in (tmp_path/'report.html').read_text()
+
+def test_compressed_cells_are_attacked_from_their_parent(tmp_path, monkeypatch):
+    import adverfine.evaluation.guards as guards
+    asked = []
+    def transferred(attack, surrogate):
+        asked.append({k: v.clone() for k,v in surrogate.state_dict().items()})
+        return attack
+    monkeypatch.setattr(guards, 'Transfer', transferred)
+    study = Study('digits', out=tmp_path, **dict(tiny, levels=(.6,), bits=(), fine_tunings=('standard',)))
+    study.run(progress=False)
+    dense = load_file(next((tmp_path/'parents').iterdir()))
+    assert len(asked)==1         # not the uncompressed one
+    kernels = [sorted((o.shape, o.sum().item()) for o in w.values() if o.dim()==4) for w in (asked[0], dense)]
+    assert len(kernels[0])>2 and kernels[0]==kernels[1]
+
+def _report(**kwargs):
+    given = dict(clean=.9, robust=.4, n=100, threat=ThreatModel(.1), attacks=(), took={},
+                 robust_after={'PGD-20': .5, 'guard': .4}, passes={'PGD-20': 4000, 'guard': 100}, seconds=1.,
+                 split='test')
+    return RobustnessReport(**given | kwargs)
+
+def test_what_a_row_says_of_a_report():
+    row = judged(_report())
+    assert (row['robust'], row['passes'], row['verdict'], row['reasons'])==(.4, 41., 'trusted', '')
+    assert judged(_report(), after='PGD-20')['robust']==.5       # the figure of the attack alone, for the paper's
+    assert (row['robust_low'], row['robust_high'])==interval(.4, 100)
+    assert Study('cifar10', paper=True, bf16=False).escalate is False and Study('digits').escalate is True
+    assert Study('cifar10', paper=True, bf16=False, escalate=True).escalate is True
+
+@pytest.mark.parametrize('k', [2, 3, 5, 11, 12, 30, 200])
+def test_the_interval_over_seeds_is_students(k):
+    values = torch.rand(k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = student.ppf(.975, k-1)*values.std().item()/k**.5
+    assert seeds_half_width(values.tolist())==pytest.approx(exact, rel=2e-3)
+    assert pd.isna(seeds_half_width([.5]))
+
+def test_intervals_in_table_and_figure_lean_as_wilsons_do():
+    cell = dict(data='digits', parent='standard', compression='none', level=0, fine_tuning='standard',
+                attack='PGD-20', eps=.1, params=1, macs=1, bytes=1, latency_ms=1., seconds=1., verdict='trusted')
+    rows = [completed(dict(cell, seed=k, clean=.98-.04*k, robust=.02+.04*k, n=100)) for k in range(2)]
+    one,two = (pd.DataFrame(rows[:k], columns=columns) for k in (1, 2))
+    low,high = (100*o for o in interval(.98, 100))
+    assert accuracy_table(one).standard[0].startswith(f'98.0 [{low:.1f}, {high:.1f}] / 2.0 [')
+    assert accuracy_table(two).standard[0].startswith('96.0 [') and accuracy_table(two).standard[0].count('±25.4')==2
+    for df in (one, two):
+        bars = [o for c in plot_study(df).axes[0].containers for o in c.lines[2]]
+        clean = bars[0].get_segments()[0][:,1]
+        assert clean==pytest.approx([df.clean_low.mean(), df.clean_high.mean()])
+        assert len(bars)==2*len(df)     # clean and robust, and for several seeds a broad bar beside each

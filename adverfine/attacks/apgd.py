@@ -61,7 +61,7 @@ def check(self:_Climb, enough):
     self.grad = torch.where(back, self.best_grad, self.grad)
     self.checked,self.rises = self.best_loss,torch.zeros_like(self.rises)
 
-# %% ../../nbs/attacks/07_apgd.ipynb #571a418b
+# %% ../../nbs/attacks/07_apgd.ipynb #ddecbb4c
 _losses = dict(ce=lambda out, y, _: cross_entropy(out, y), dlr=lambda out, y, _: dlr(out, y),
                margin=lambda out, y, _: margin(out, y), pma=lambda out, y, _: probability_margin(out, y))
 
@@ -88,7 +88,7 @@ class APGD(Attack):
     @property
     def name(self): return 'APGD-T' if self.targets else f'APGD-{self.loss.upper()}'
     @property
-    def passes(self): return (3*(self.steps+1)+2)*self.restarts*max(self.targets, 1)
+    def passes(self): return (2*(self.steps+1)+1)*self.restarts*max(self.targets, 1) + (self.targets>0)
 
     def craft(self, model, x, y, generator):
         classes = ranked_classes(model, x, y, self.targets).T if self.targets else y[None]

@@ -34,7 +34,7 @@ def _check_labels(attack, x, y):
     if len(y)!=len(x) or not (probabilities or whole):
         raise ValueError(f"labels must be {len(x)} whole numbers, not {y.dtype} of shape {tuple(y.shape)}")
 
-# %% ../../nbs/attacks/00_attack.ipynb #6575c621
+# %% ../../nbs/attacks/00_attack.ipynb #394fb699
 @dataclass(frozen=True)
 class Attack:
     "Base of all attacks: says what the adversary may do, checks what goes in and leaves the model as it was"
@@ -54,7 +54,7 @@ class Attack:
     @property
     def parts(self) -> tuple: return self,
     @property
-    def passes(self) -> int: return 3 # Forward-sized passes for an image, at most
+    def passes(self) -> int: return 2 # For an image at most: forward ones and backward ones
 
     def __call__(self,
         model, # A callable from pixels (N,C,H,W) to logits (N,classes)

@@ -16,7 +16,7 @@ from .fab import FAB
 from .square import Square
 from .triage import Triage
 
-# %% ../../nbs/attacks/13_autoattack.ipynb #d9a4124f
+# %% ../../nbs/attacks/13_autoattack.ipynb #d82ef8bf
 _versions = dict(
     standard=((APGD, dict(steps=100)), (APGD, dict(steps=100, loss='dlr', targets=9)),
               (FAB, dict(steps=100, targets=9)), (Square, dict(queries=5000))),
@@ -41,7 +41,7 @@ class AutoAttack(Attack):
     @property
     def name(self): return 'AutoAttack' if self.version=='standard' else f'AutoAttack-{self.version}'
     @property
-    def passes(self): return sum(o.passes for o in self.parts)
+    def passes(self): return sum(o.passes+1 for o in self.parts)
 
     def craft(self, model, x, y, generator):
         def run_by(part): return lambda i: part(model, x[i], y[i], generator)

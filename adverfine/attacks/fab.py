@@ -50,7 +50,7 @@ def _beyond(fab, s, lead, w):
     new = (1-share)*(s.adv+fab.overshoot*here) + share*(s.x+fab.overshoot*there)
     return new.clamp(0, 1) if fab.clamp else new
 
-# %% ../../nbs/attacks/09_fab.ipynb #9960c43d
+# %% ../../nbs/attacks/09_fab.ipynb #b711f9ea
 @dataclass(frozen=True)
 class FAB(Attack):
     """Looks for ever nearer adversarial images until one lies in the ball;
@@ -69,7 +69,7 @@ class FAB(Attack):
     @property
     def name(self): return 'FAB-T'
     @property
-    def passes(self): return (4*self.steps+2)*self.targets
+    def passes(self): return (3*self.steps+1)*self.targets+1
 
     def craft(self, model, x, y, generator):
         def run_towards(target): return lambda i: self._run(model, x[i], y[i], target[i])

@@ -54,7 +54,7 @@ def _of_free_pixels(grad, x):
 
 _duals = dict(linf=1, l2=2)   # The norm that says how far a step in each norm changes a linear function
 
-# %% ../../nbs/attacks/10_fmn.ipynb #205967a8
+# %% ../../nbs/attacks/10_fmn.ipynb #bad5081b
 @dataclass(frozen=True)
 class FMN(Attack):
     "Looks for the smallest change that fools the network; [arXiv 2102.12827](https://arxiv.org/abs/2102.12827)"
@@ -71,7 +71,7 @@ class FMN(Attack):
             raise ValueError(f"gamma={self.gamma} must be at least 0.001 and less than 1: 0.05 is usual")
 
     @property
-    def passes(self): return 3*self.steps+1
+    def passes(self): return 2*self.steps
     @property
     def name(self): return 'FMN'
 

@@ -87,7 +87,7 @@ def worst_of(
             worst = torch.maximum(badness, worst)
     return best
 
-# %% ../../nbs/attacks/04_gradient.ipynb #66d1400f
+# %% ../../nbs/attacks/04_gradient.ipynb #62a15983
 @dataclass(frozen=True)
 class PGD(Attack):
     "Projected gradient ascent on the loss; [arXiv 1706.06083](https://arxiv.org/abs/1706.06083)"
@@ -108,7 +108,7 @@ class PGD(Attack):
     @property
     def name(self): return f'PGD-{self.steps}' + (f'x{self.restarts}' if self.restarts>1 else '')
     @property
-    def passes(self): return 3*self.steps*self.restarts
+    def passes(self): return (2*self.steps + (self.restarts>1))*self.restarts
 
     def craft(self, model, x, y, generator):
         threat,project = self.threat,self.threat.projection(x)

@@ -40,7 +40,7 @@ class _Host(nn.Module):
         self.where = nn.Parameter(x.new_zeros(1), requires_grad=False)
     def forward(self, x): return self.model(x)
 
-# %% ../../nbs/attacks/06_torchattacks.ipynb #6c99dad8
+# %% ../../nbs/attacks/06_torchattacks.ipynb #933c63fe
 @dataclass(frozen=True, init=False)
 class TorchAttack(Attack):
     "Any attack class of torchattacks, such as `TorchAttack(torchattacks.CW, eps=.5, norm='l2', steps=50)`"
@@ -67,7 +67,8 @@ class TorchAttack(Attack):
     def name(self): return f'torchattacks {self.kind.__name__}'
     @property
     def passes(self):
-        return 3*(dict(self.kwargs).get('steps') or getattr(_takes(self.kind).get('steps'), 'default', 100))
+        steps = dict(self.kwargs).get('steps') or getattr(_takes(self.kind).get('steps'), 'default', 100)
+        return 2*steps+1
 
     def craft(self, model, x, y, generator):
         takes,classes = _takes(self.kind),logits_of(model, x, y).shape[1]

@@ -21,16 +21,16 @@ from fastai.torch_core import default_device, TensorCategory, TensorImage
 import fastai.vision.data, fastai.vision.learner  # noqa: F401 how to show image batches, results and top losses
 from ..threat import check_images
 
-# %% ../../nbs/data/00_images.ipynb #9140ddc5
+# %% ../../nbs/data/00_images.ipynb #809c873a
 class GreyImage(TensorImage):
     "A `TensorImage` of one channel, shown in grey"
     def show(self, ctx=None, **kwargs): return super().show(ctx=ctx, **dict(cmap='gray')|kwargs)
 
 class ImageSet:
-    "Images (N,C,H,W), as bytes or as floats in [0,1], with their labels (N,) and the names of the classes"
+    "Images (N,C,H,W), as bytes or as floats in [0,1], with their labels (N,), names of the classes and of the set"
     n_inp = 1
     loss_func = CrossEntropyLossFlat()
-    def __init__(self, x, y, vocab, split_idx=None):
+    def __init__(self, x, y, vocab, split_idx=None, name=''):
         x,y = torch.as_tensor(x),torch.as_tensor(y).long()
         if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
         if x.dtype!=torch.uint8 and len(x): check_images(x)
@@ -43,6 +43,7 @@ class ImageSet:
         self.x,self.y = x,y
         self.vocab = CategoryMap(vocab, sort=False)
         self.split_idx = split_idx
+        self.name = name
 
     @property
     def c(self): return len(self.vocab)
@@ -52,7 +53,7 @@ class ImageSet:
         return image(self.x[i]),TensorCategory(self.y[i])
     @property
     def items(self): return [self[i] for i in range(len(self))]
-    def new_empty(self): return ImageSet(self.x[:0], self.y[:0], self.vocab, self.split_idx)
+    def new_empty(self): return ImageSet(self.x[:0], self.y[:0], self.vocab, self.split_idx, self.name)
     def decode(self, item, full=True):
         x,y = item
         return x,Category(self.vocab[int(y)])
@@ -97,7 +98,7 @@ def as_image(
     check_images(x[None])
     return x.float()
 
-# %% ../../nbs/data/00_images.ipynb #5ef5aa80
+# %% ../../nbs/data/00_images.ipynb #6fe51d5e
 class _Unlabelled(ImageSet):
     def __getitem__(self, i): return super().__getitem__(i)[:1]
     def decode(self, item, full=True): return item
@@ -122,7 +123,8 @@ class SplitDataLoaders(DataLoaders):
         x = torch.stack([as_image(o, known.x.shape[1:]) for o in images])
         kind = ImageSet if n_pairs else _Unlabelled
         tfms = [o for o in self.valid.after_batch.fs if not isinstance(o, IntToFloatTensor)]
-        return self.valid.new(kind(x, list(map(int, labels)), known.vocab, split_idx=1), after_batch=tfms, **kwargs)
+        items = kind(x, list(map(int, labels)), known.vocab, split_idx=1, name=known.name)
+        return self.valid.new(items, after_batch=tfms, **kwargs)
 
 # %% ../../nbs/data/00_images.ipynb #9a6f5331
 def random_part(n, k, what, seed):
@@ -139,7 +141,7 @@ def _batch_tfms(is_bytes, normalize, more):
         tfms.append(Normalize.from_stats(mean, std))
     return tfms + list(more or [])
 
-# %% ../../nbs/data/00_images.ipynb #037a7221
+# %% ../../nbs/data/00_images.ipynb #4db580fc
 def image_dls(
     train, # Training images and labels: (x, y), with x (N,C,H,W) as bytes or as floats in [0,1]
     test, # Test images and labels, likewise
@@ -152,6 +154,7 @@ def image_dls(
     normalize:tuple=None, # (mean, std) in pixels, one number each or one per channel
     batch_tfms=None, # Further batch transforms, for training only where they say so (`split_idx=0`)
     device=None, # Default: fastai's
+    name:str='', # Of the data set, for reports
 ) -> SplitDataLoaders: # train, valid, test
     "DataLoaders over images in memory: valid is cut from train by a fixed seed, test stays apart"
     if not 0<valid_pct<1:
@@ -166,7 +169,7 @@ def image_dls(
     test_idxs = random_part(len(last), n_test, 'n_test', seed).sort().values
     tfms = _batch_tfms(full.x.dtype==torch.uint8, normalize, batch_tfms)
     def loader(ds, idxs, split_idx, **kwargs):
-        part = ImageSet(ds.x[idxs], ds.y[idxs], ds.vocab, split_idx=split_idx)
+        part = ImageSet(ds.x[idxs], ds.y[idxs], ds.vocab, split_idx, name)
         return BatchDL(part, bs=bs, after_batch=tfms, **kwargs)
     return SplitDataLoaders(
         loader(full, idxs[cut:], 0, shuffle=True, drop_last=len(idxs)-cut>=bs),

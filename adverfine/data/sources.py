@@ -20,7 +20,7 @@ from fasttransform import Transform
 from fastai.torch_core import TensorImage
 from .images import image_dls, random_part, SplitDataLoaders
 
-# %% ../../nbs/data/02_sources.ipynb #aa395f38
+# %% ../../nbs/data/02_sources.ipynb #8361b91d
 @delegates(image_dls)
 def digits_dls(
     bs=64, # Batch size
@@ -33,7 +33,7 @@ def digits_dls(
     y = torch.tensor(labels)
     idxs = random_part(len(x), None, 'n', 42)
     test,train = idxs[:500],idxs[500:]
-    return image_dls((x[train], y[train]), (x[test], y[test]), bs=bs, **kwargs)
+    return image_dls((x[train], y[train]), (x[test], y[test]), bs=bs, **dict(name='digits') | kwargs)
 
 # %% ../../nbs/data/02_sources.ipynb #f26a580e
 def _damaged(path, why): return f"{path} is damaged ({why}): delete it and fetch it again"
@@ -69,7 +69,7 @@ def _download(name, home):
         raise FileNotFoundError(f"torchvision could not download {name} to {home} ({e}): "
                                 "give a folder that has it as path") from e
 
-# %% ../../nbs/data/02_sources.ipynb #3ae3cd4e
+# %% ../../nbs/data/02_sources.ipynb #ed76ac2f
 fashion_vocab = 'T-shirt trouser pullover dress coat sandal shirt sneaker bag boot'.split()
 
 def _idx_files(folder):
@@ -103,7 +103,7 @@ def fashion_mnist_dls(
         raise _missing('Fashion-MNIST', places, "run `apt-get install dataset-fashion-mnist`, "
                        "give a folder with its four idx files as path, or allow download")
     train,test = ((_read_axes(images, 3)[:,None], _read_axes(labels, 1)) for images,labels in files)
-    return image_dls(train, test, vocab=fashion_vocab, **kwargs)
+    return image_dls(train, test, vocab=fashion_vocab, **dict(name='Fashion-MNIST') | kwargs)
 
 # %% ../../nbs/data/02_sources.ipynb #1ff4e143
 class _ArraysOnly(pickle.Unpickler):
@@ -132,7 +132,7 @@ def _cifar_batches(folder):
     images,labels = zip(*(_cifar_batch(folder/f'data_batch_{i}') for i in range(1, 6)))
     return (np.concatenate(images), np.concatenate(labels)),_cifar_batch(folder/'test_batch')
 
-# %% ../../nbs/data/02_sources.ipynb #e292c32c
+# %% ../../nbs/data/02_sources.ipynb #f30bdddc
 cifar_vocab = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 def _read_image(path):
@@ -153,15 +153,15 @@ def _image_folder(folder, vocab):
     return np.stack(x),np.array(labels)
 
 def _cifar_in(home):
-    "CIFAR-10's training and test set in `home`, as image folders or else as batches; None if it is not there"
+    "CIFAR-10's training and test set in `home`, as image folders or else as batches, and its name; None without it"
     def first(folders, *names): return next((o for o in folders if all((o/n).exists() for n in names)), None)
     folder = first([home, home/'cifar10'], 'train', 'test')
     if folder:
         lost = next((folder/o/c for o in ('train', 'test') for c in cifar_vocab if not (folder/o/c).is_dir()), None)
         if lost: raise ValueError(f"{lost} is missing: the copy of CIFAR-10 is incomplete, fetch it again")
-        return [_image_folder(folder/o, cifar_vocab) for o in ('train', 'test')]
+        return *(_image_folder(folder/o, cifar_vocab) for o in ('train', 'test')),'CIFAR-10 (image folder)'
     batches = first([home, home/'cifar-10-batches-py'], 'data_batch_1', 'test_batch')
-    return _cifar_batches(batches) if batches else None
+    return (*_cifar_batches(batches),'CIFAR-10') if batches else None
 
 # %% ../../nbs/data/02_sources.ipynb #44ee0163
 class RandomCropFlip(Transform):
@@ -182,7 +182,7 @@ class RandomCropFlip(Transform):
         i = torch.arange(size, device=device) + torch.randint(-self.pad, self.pad+1, (n,1), device=device)
         return (size-1) - ((size-1) - i.abs()).abs()
 
-# %% ../../nbs/data/02_sources.ipynb #59ecd0f4
+# %% ../../nbs/data/02_sources.ipynb #e23c1daa
 @delegates(image_dls)
 def cifar10_dls(
     path=None, # Folder with `train/` and `test/`, or with `cifar-10-batches-py/`; default: fastai's data folder
@@ -199,10 +199,10 @@ def cifar10_dls(
     if found is None:
         raise _missing('CIFAR-10', [home, home/'cifar10', home/'cifar-10-batches-py'],
                        "run `fastai.data.external.untar_data(URLs.CIFAR)`, give its folder as path, or allow download")
-    train,test = found
+    train,test,name = found
     tfms = list(kwargs.pop('batch_tfms', None) or [])
     if augment: tfms.insert(0, RandomCropFlip())
-    return image_dls(train, test, vocab=cifar_vocab, batch_tfms=tfms, **kwargs)
+    return image_dls(train, test, vocab=cifar_vocab, batch_tfms=tfms, **dict(name=name) | kwargs)
 
 # %% ../../nbs/data/02_sources.ipynb #a4df8f87
 data_sets = dict(digits=digits_dls, fashion_mnist=fashion_mnist_dls, cifar10=cifar10_dls)

@@ -22,8 +22,20 @@ def _row(name, said):
     sizes = ' '.join(str(v) for k,v in said.items() if isinstance(v, int) and k!='groups')
     return f"| `{name}` | {said['type']} | {sizes} | {_bits(said)} |"
 
-# %% ../../nbs/deployment/01_card.ipynb #91238e9b
+# %% ../../nbs/deployment/01_card.ipynb #862ee805
 _fence = '`'*3
+
+def _with_interval(report, what):
+    "Accuracy, and the ends of its interval or, from older versions, half of the width"
+    ci = report[f'{what}_ci']
+    return f'{report[what]:.4f} ' + (f'± {ci:.4f}' if isinstance(ci, float) else '[{:.4f}, {:.4f}]'.format(*ci))
+
+def _said_of(report):
+    "Attacks and verdict as a paragraph"
+    attacks = ', '.join(o['settings'] for o in report['attacks'])
+    further = ", and under the stronger ones that followed until none found more" if report.get('escalated') else ''
+    meaning = f": {report['meaning']}" if report.get('meaning') else ''
+    return f"Robust: right clean **and** under every attack: `{attacks}`{further}. **{report['verdict']}**{meaning}."
 
 def _measured_section(report):
     "The report in Markdown"
@@ -31,15 +43,14 @@ def _measured_section(report):
     if not isinstance(report, dict) or not {'clean', 'robust', 'threat', 'n', 'attacks', 'verdict'} <= report.keys():
         return f'{_fence}json\n{json.dumps(report, indent=1)}\n{_fence}'
     threat = report['threat']
-    attacks = ', '.join(o['settings'] for o in report['attacks'])
+    images = ', '.join([str(report['n']), *(report[k] for k in ('data', 'split') if report.get(k))])
     return '\n'.join([
         '| images | clean accuracy | robust accuracy | threat model |',
         '|---|---|---|---|',
-        f"| {report['n']} | {report['clean']:.4f} ± {report['clean_ci']:.4f} "
-        f"| {report['robust']:.4f} ± {report['robust_ci']:.4f} "
+        f"| {images} | {_with_interval(report, 'clean')} | {_with_interval(report, 'robust')} "
         f"| {threat['norm']}, eps {threat['eps']:.4g} {'pixels' if threat['norm']=='l0' else 'in pixels'} |",
         '',
-        f"Robust: right clean **and** under every attack: `{attacks}`. {report['verdict']}",
+        _said_of(report),
         '',
         *(f'- {o}' for o in report['reasons'])])
 

@@ -17,7 +17,7 @@ from .study import Study
 from .protocol import versions
 from .tables import accuracy_table, plot_study
 
-# %% ../../nbs/study/03_page.ipynb #f1c3f78f
+# %% ../../nbs/study/03_page.ipynb #8856b803
 def _adversary(attack):
     start = "from a random point of that ball" if attack.random_start else "from the clean image"
     step = attack.step_size if attack.step_size is not None else 2.5*attack.eps/attack.steps
@@ -27,23 +27,39 @@ def _adversary(attack):
             f"(that is {attack.eps*255:.4g}/255, with images in [0,1]){valid} "
             f"It runs PGD with {attack.steps} steps of {step:.4g} {start}.")
 
+def _further(study):
+    "What became of the images that PGD left standing"
+    if study.escalate:
+        return ("What stood was attacked further, by an adaptive AutoAttack and then by stronger attacks for as long "
+                "as a guard found more; on compressed networks also with images made on their parent. ")
+    only = "The figures are those of this attack alone, as in the reference study. " if study.paper else ""
+    return f"{only}The evaluation did not go on to stronger attacks; guards tried a few on a sample of what stood. "
+
+_verdicts = (
+    "Each figure has a verdict. Trusted: nothing that was tried finds more. Not converged: a stronger attack finds "
+    "more, or the passes that were allowed did not suffice, so the figure is an upper bound. Gradient masking: the "
+    "network hides its gradients, as rounding does in quantized networks; where attacks that get around this were "
+    "found, the figure is theirs, and otherwise it is an upper bound that may be far too high. "
+    "A ≤ marks the upper bounds. ")
+
 def in_words(
     study:Study,
 ) -> str: # A paragraph
     "The threat model and the protocol of `study` as sentences"
-    return (f"{_adversary(study.attack)} An image counts as robust only if the network is right about it both clean "
-            "and attacked, so robust accuracy never exceeds clean accuracy. "
+    df = study.results()
+    seeds = ("Beside these stands, after ± and as a broad bar, the 95 % interval of the mean over seeds, mean ± t s/√k "
+             "with Student's t and the standard deviation s of the k seeds. " if df.seed.nunique()>1 else "")
+    return (f"{_adversary(study.attack)} {_further(study)}An image counts as robust only if the "
+            "network is right about it both clean and under everything that was tried, "
+            "so robust accuracy never exceeds clean accuracy. "
             f"Parents were trained for {study.epochs} epochs; fine-tuning took {study.fine_tune_epochs}, "
             f"the adversarial one against PGD with {study.train_attack.steps} steps. "
             "The test images served for the final evaluation of each network and for nothing else; "
             "quantizers were calibrated on training images. "
-            "Intervals are 95 % (Wilson) for the sampling of test images alone. "
-            "Robust accuracy against one attack is an upper bound, for quantized networks especially: rounding can "
-            "hide gradients from an attack that stronger ones would find. "
-            "Where the guards found a sign of that, the figure carries a ≤. "
+            f"Intervals in brackets are 95 % (Wilson) for the sampling of test images alone. {seeds}{_verdicts}"
             "Quantized networks are fake-quantized networks in floating point: their bytes are what the integer "
             "network stores, their latency is that of the network in floating point. "
-            f"{versions(study.results())}").strip()
+            f"{versions(df)}").strip()
 
 # %% ../../nbs/study/03_page.ipynb #0d0d6cee
 def png_bytes(
@@ -54,14 +70,15 @@ def png_bytes(
     fig.savefig(buffer, format='png')
     return buffer.getvalue()
 
-# %% ../../nbs/study/03_page.ipynb #86245d42
+# %% ../../nbs/study/03_page.ipynb #6d2dbac3
 def _html(study, df, picture):
     "The page as text; `picture` is a PNG"
     missing = len(study.cells())-len(df)
     said = f"adverfine study, {len(df)} cells" + (f", {missing} still to be measured" if missing else "")
-    details = df.round(dict(clean=4, robust=4, clean_ci=4, robust_ci=4, latency_ms=2, seconds=1))
+    shares = {k: 4 for k in df if k.startswith(('clean', 'robust'))}
+    details = df.round(shares | dict(latency_ms=2, seconds=1))
     data = escape(study.data)
-    def table(o): return f'<div class=wide>{o.to_html(index=False, border=0)}</div>'
+    def table(o): return f'<div class=wide>{o.to_html(index=False, border=0, na_rep=str())}</div>'
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>adverfine: {data}</title><style>{page_css}</style>"
             f"<h1>Compressed, then fine-tuned: {data}</h1><p class=quiet>{said}</p>"
@@ -78,7 +95,7 @@ def write_report(
     df = study.results()
     if not len(df): raise ValueError(f"{study.out} holds no finished cell of this study: run it first")
     picture = png_bytes(plot_study(df))
-    files = {'results.csv': df.drop(columns='verdict').to_csv(index=False), 'figure.png': picture,
+    files = {'results.csv': df.to_csv(index=False), 'figure.png': picture,
              'report.html': _html(study, df, picture)}
     for name,content in files.items(): write_atomic(study.out/name, content)
     return {name: study.out/name for name in files}

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study/study.html.md"""
 # %% auto #0
 __all__ = ['Study']
 
-# %% ../../nbs/study/01_study.ipynb #3cfbc26a
+# %% ../../nbs/study/01_study.ipynb #a8eb3da8
 import json, random, sys, time, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -32,10 +32,10 @@ from ..attacks.gradient import PGD
 from ..compression.pruning import prune
 from ..training.acceleration import BF16
 from ..training.adversarial import AdversarialTraining
-from .protocol import (Cell, check_protocol, defaults, may_differ, study_networks,
-                                      training_passes, versions)
+from .protocol import (Cell, check_protocol, completed, defaults, evaluation_passes, judged,
+                                      may_differ, row_columns, study_networks, training_passes, versions)
 
-# %% ../../nbs/study/01_study.ipynb #584a475e
+# %% ../../nbs/study/01_study.ipynb #ec241a6f
 @dataclass
 class Study:
     "The grid of cells, the protocol that measures one, and the folder of the results"
@@ -60,6 +60,7 @@ class Study:
     bf16:bool=None               # Train and craft in bfloat16; default: where the hardware has it
     path:str=None                # Folder of the data set
     download:bool=False          # Let torchvision download it
+    escalate:bool=None           # Go on with stronger attacks until none finds more? Default: yes, with `paper` no
 
     def __post_init__(self):
         given = defaults(self.data, self.paper)
@@ -67,6 +68,7 @@ class Study:
             raise ValueError(f"eps={self.eps} contradicts paper=True, which fixes eps={given['eps']:.4g} in pixels: "
                              "leave one of them out")
         if self.bf16 is None and 'bf16' not in given: self.bf16 = bf16_is_fast()
+        if self.escalate is None: self.escalate = not self.paper
         for name,value in given.items():
             if getattr(self, name) is None: setattr(self, name, value)
         self.out = Path(self.out or f'studies/{self.data}')
@@ -98,14 +100,11 @@ def cells(self:Study):
     return [Cell(self.data, s, p, c, l, f)
             for s in self.seeds for p in self.parents for c,l in compressions for f in self.fine_tunings]
 
-# %% ../../nbs/study/01_study.ipynb #1e9a5451
+# %% ../../nbs/study/01_study.ipynb #03b31b2f
 def _load(path):
     try: return json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
-
-_columns = ('data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs '
-            'bytes latency_ms seconds version').split()
 
 @patch
 def claim(self:Study):
@@ -115,7 +114,7 @@ def claim(self:Study):
     file = self.out/'study.json'
     with locked(self.out):
         if not file.exists(): write_atomic(file, json.dumps(dict(study=mine, version=__version__), indent=1))
-    theirs = _load(file)['study']
+    theirs = dict(escalate=self.escalate) | _load(file)['study']  # folders of older versions do not name that
     odd = [f'{k} is {theirs.get(k)!r} there and {v!r} here' for k,v in mine.items() if theirs.get(k)!=v]
     if odd: raise ValueError(f"{self.out} holds another study ({'; '.join(odd)}): name another output folder")
 
@@ -127,16 +126,16 @@ def _parent_file(self:Study, cell): return self.out/'parents'/f'{cell.parent_nam
 
 @patch
 def results(self:Study) -> pd.DataFrame:
-    "The cells of this study that are finished, one a row: the columns of `results.csv`, and the verdict of the guards"
+    "The cells of this study that are finished, one a row: what is in `results.csv`"
     done = [f for f in map(self._cell_file, self.cells()) if f.exists()]
-    return pd.DataFrame([dict(version='unknown') | _load(f) for f in done], columns=[*_columns, 'verdict'])
+    return pd.DataFrame([completed(_load(f)) for f in done], columns=row_columns)
 
 @patch
 def _write_results(self:Study):
     "Write `results.csv` from all the cells that are finished, those of other processes too"
     with locked(self.out):
         df = self.results()
-        write_atomic(self.out/'results.csv', df[_columns].to_csv(index=False))
+        write_atomic(self.out/'results.csv', df.to_csv(index=False))
     return df
 
 # %% ../../nbs/study/01_study.ipynb #f72aeb1e
@@ -183,7 +182,7 @@ def _parent(self:Study, dls, cell, tick):
     except (SafetensorError, KeyError, TypeError) as e:
         raise ValueError(f"{file} is damaged ({e}): delete it, and the parent will be trained again") from e
 
-# %% ../../nbs/study/01_study.ipynb #e79be93a
+# %% ../../nbs/study/01_study.ipynb #a99af97a
 @patch
 def measure(self:Study,
     cell:Cell, # Which row
@@ -197,29 +196,30 @@ def measure(self:Study,
         learn = self._learner(dls, cell.own_seed)
         learn.model.load_state_dict(weights)
         learn.model.to(dls.device)
+        parent = None if cell.compression=='none' else learn.frozen_copy()
         if cell.compression=='prune': learn.prune(cell.level)
         if cell.compression=='quantize': learn.quantize(cell.level)
         if cell.fine_tuning!='none':
             batch_done = partial(tick, passes=cell.pace*training_passes(cell.fine_tuning, self.train_steps))
             self._train(learn, cell.fine_tuning, self.fine_tune_epochs, self.fine_tune_lr, batch_done)
         report = learn.robustness(self.attack, dl=dls.test, bf16=self.bf16 and cell.compression!='quantize',
-                                  progress=sys.stderr.isatty())
-    tick(report.n, passes=cell.pace*(1+2*self.steps))
+                                  parent=parent, escalate=self.escalate, progress=sys.stderr.isatty())
+    tick(report.n, passes=cell.pace*evaluation_passes(self.steps, self.escalate))
     taken = time.perf_counter()-start
     if cell.compression==cell.fine_tuning=='none': taken += seconds
     example = dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)
-    return dict(asdict(cell), **{k: getattr(report, k) for k in 'clean robust clean_ci robust_ci n'.split()},
-                attack=self.attack.name, eps=self.eps, **asdict(cost(learn.model, example)),
-                seconds=round(taken, 3), version=__version__, verdict=report.verdict)
+    row = asdict(cell) | judged(report, self.attack.name if self.paper and not self.escalate else None)
+    row |= dict(attack=self.attack.name, eps=self.eps, **asdict(cost(learn.model, example)))
+    return {k: (row | dict(seconds=round(taken, 3), version=__version__))[k] for k in row_columns}
 
-# %% ../../nbs/study/01_study.ipynb #514488de
+# %% ../../nbs/study/01_study.ipynb #793a050a
 @patch
 def _work(self:Study, n_train, n_test):
     "Passes that what is still to be done will take: parents and cells"
     training = partial(training_passes, steps=self.train_steps)
     parents = {self._parent_file(c): self.epochs*n_train*training(c.parent) for c in self.cells()}
     def passes(cell):
-        evaluated = n_test*(1+2*self.steps)
+        evaluated = n_test*evaluation_passes(self.steps, self.escalate)
         if cell.fine_tuning=='none': return cell.pace*evaluated
         return cell.pace*(evaluated + self.fine_tune_epochs*n_train*training(cell.fine_tuning))
     cells = {self._cell_file(c): passes(c) for c in self.cells()}

@@ -73,7 +73,7 @@ def _loaded_learner(path, dls, factory):
                          "name the data set that it was trained on")
     return Learner(dls, model.model if normalizations else model, loss_func=nn.CrossEntropyLoss())
 
-# %% ../../nbs/training/08_recipes.ipynb #dae3a1cc
+# %% ../../nbs/training/08_recipes.ipynb #eff738a2
 def compress(
     path, # Folder that `learn.save_compressed` has written
     out, # Folder for the smaller network
@@ -81,18 +81,20 @@ def compress(
     prune:float=None, # Share of the channels to remove
     bits:int|tuple=None, # Bits to quantize to; or two numbers, for weights and for inputs
     epochs:int=3, # Of fine-tuning
-    eps:float=None, # Radius in pixels: to measure robustness with PGD-20, and to train for it
+    eps:float=None, # Radius in pixels: to measure robustness, with PGD-20 first, and to train for it
     adversarial:bool=True, # Fine-tune on adversarial images?
     lr:float=3e-3, # Top of the one-cycle learning rate
     factory=None, # The function that makes the dense network, if it was saved with one
     seed:int=0, # Of the fine-tuning
     progress:bool=True, # Show fastai's bar and table?
+    escalate:bool=True, # Let the evaluation go on with stronger attacks until none finds more?
+    **kwargs # For the evaluation: `budget`, `n`, `state` and others of `learn.robustness`
 ) -> RobustnessReport|None: # On the test images, if there is an `eps`
     "Load a network, prune and quantize it, fine-tune it, measure it and save it"
     _check_request(path, out, prune, bits, epochs, eps, adversarial)
     made = compressed_info(path)['factory']
     learn = _loaded_learner(path, dls, factory)
-    report = None
+    report,parent = None,learn.frozen_copy()
     with no_random(seed), ExitStack() as stack:
         if prune is not None: learn.prune(prune)
         if bits is not None: learn.quantize(bits)
@@ -100,7 +102,9 @@ def compress(
             for quiet in learn.no_bar, learn.no_logging: stack.enter_context(quiet())
         if epochs and adversarial: learn.adversarial_fine_tune(epochs, eps, lr)
         elif epochs: learn.fit_one_cycle(epochs, lr)
-        if eps is not None: report = learn.robustness(PGD(eps, steps=20), seed=seed, progress=progress)
-    kwargs = {} if factory else made['kwargs']
-    learn.save_compressed(out, factory=factory or made['factory'], report=report, **kwargs)
+        if eps is not None:
+            options = dict(seed=seed, progress=progress, parent=parent, escalate=escalate)
+            report = learn.robustness(PGD(eps, steps=20), **options | kwargs)
+    arguments = {} if factory else made['kwargs']
+    learn.save_compressed(out, factory=factory or made['factory'], report=report, **arguments)
     return report

@@ -58,7 +58,7 @@ class Blacken(Attack):
 seen = []
 
 def test_thresholds():
-    "What a reader of a report relies on: which number is suspicious, what it is a sign of, and which guards try attacks"
+    "What a reader relies on: which number is suspicious, what it is a sign of, and which guards try attacks"
     assert {k: (g.limit, g.sign_of, g.tries, g.thorough) for k,g in guards.items()}==dict(
         determinism=(1e-4, 'masking', False, False), probabilities=(0, 'masking', False, False),
         gradients=(0, 'masking', False, False), zero_gradient=(0, 'masking', False, False),

@@ -256,7 +256,8 @@ def test_batches():
 
 def test_a_batch_that_goes_on_has_the_randomness_that_it_would_have_had():
     idxs = torch.arange(7)
-    def images(**kw): return [o.x_adv for o in attacked(_toy(), PGD(.1, steps=1, step_size=1e-3), toy_x, toy_y, idxs, bs=3, **kw)]
+    attack = PGD(.1, steps=1, step_size=1e-3)
+    def images(**kw): return [o.x_adv for o in attacked(_toy(), attack, toy_x, toy_y, idxs, bs=3, **kw)]
     whole = images(seed=1)
     assert all(torch.equal(a, b) for a,b in zip(whole[2:], images(seed=1, done=2)))
     assert not torch.equal(whole[0], images(seed=2)[0]) and not torch.equal(whole[0], whole[1])

@@ -13,6 +13,7 @@ from adverfine.attacks.gradient import FGSM, FGSMRS, PGD
 from adverfine.attacks.adaptive import EOT
 from adverfine.attacks.saturated import PGDPlusPlus
 from adverfine.attacks.fmn import FMN
+from adverfine.attacks.scoring import score
 from adverfine.evaluation.robustness import evaluate
 from adverfine.evaluation.metric import RobustAccuracy
 from adverfine.training.acceleration import BF16
@@ -59,16 +60,16 @@ def _peer(model, x, y, attack):
 @pytest.mark.parametrize('name', peers)
 def test_same_start_same_figure_as_torchattacks(model, many, name):
     theirs = _peer(model, *many, partial(peers[name], random_start=False))
-    assert abs(evaluate(model, *many, ours[name](random_start=False)).robust-theirs) <= .002
+    assert abs(score(model, ours[name](random_start=False), *many).robust-theirs) <= .002
 
 @pytest.mark.parametrize('name', ['linf', 'l2'])
 def test_as_strong_as_torchattacks_from_random_starts(model, many, name):
     theirs = [_peer(model, *many, peers[name]) for _ in range(3)]
-    mine = [evaluate(model, *many, ours[name](), seed=s).robust for s in range(3)]
+    mine = [score(model, ours[name](), *many, seed=s).robust for s in range(3)]
     assert abs(sum(mine)-sum(theirs))/3 <= .01
 
 def test_strength_does_not_depend_on_the_batch_size(model, many):
-    a,b = (evaluate(model, *many, ours['l2'](random_start=False), bs=bs).robust for bs in (32, 2000))
+    a,b = (score(model, ours['l2'](random_start=False), *many, bs=bs).robust for bs in (32, 2000))
     assert abs(a-b) <= .002
 
 @pytest.mark.parametrize('eps,norm', [*((eps, norm) for eps in (0, .03, 1) for norm in ('linf', 'l2', 'l1')),

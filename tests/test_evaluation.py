@@ -6,6 +6,7 @@ from fastai.vision.all import Learner, set_seed
 from adverfine.threat import pixel_space, ThreatModel
 from adverfine.networks.zoo import cnn8
 from adverfine.networks.modes import evaluating
+from adverfine.networks import fastest
 from adverfine.networks.precision import bf16_is_fast
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
@@ -179,7 +180,7 @@ def test_masked_networks_are_caught(model, right, name, attack):
     mask,guard = masks[name]
     torch.manual_seed(0)
     report = evaluate(mask(model), *(o[:150] for o in right), attack)
-    assert report.verdict=='upper bound: possible gradient masking'
+    assert report.verdict=='gradient masking' and not report.broken
     flagged = _flagged(report)
     assert guard in flagged or (name=='temperature' and 'zero_gradient' in flagged)
 
@@ -348,10 +349,16 @@ def test_on_a_gpu():
         report = learn.robustness(Square(eps, norm=norm, queries=50), n=50)
         assert report.robust<report.clean
 
-def test_quantized_networks_are_attacked_in_float32(model, right):
+def test_quantized_networks_are_attacked_in_float32(model, right, monkeypatch):
     "bfloat16 rounds a value over the edge of a step, and attacks another network"
     small = copy.deepcopy(model)
-    assert evaluate(small, *right, FGSM(.1)).bf16==bf16_is_fast()
+    assert evaluate(small, *right, FGSM(.1)).bf16<=bf16_is_fast()
+    monkeypatch.setattr(fastest, 'bf16_is_fast', lambda device: True)
+    monkeypatch.setattr(fastest, '_times', lambda forms, x: {name: .5 if 'bf16' in name else 1. for name in forms})
+    monkeypatch.setattr(fastest, '_known', {})
+    monkeypatch.setattr(fastest, '_kept', dict)
+    monkeypatch.setattr(fastest, '_keep', lambda key, times: None)
+    assert evaluate(small, *right, FGSM(.1)).bf16
     quantize(small, 1, [right[0][:64]])
     assert not evaluate(small, *right, FGSM(.1)).bf16
 

@@ -4,11 +4,13 @@ import pytest, torch
 from torch import nn
 from adverfine.attacks.attack import Attack
 from adverfine.attacks.gradient import FGSM, PGD
-from adverfine.attacks.adaptive import Transfer
+from adverfine.attacks.adaptive import EOT, Transfer
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.square import Square
-from adverfine.evaluation.cases import Case, guards
-from adverfine.evaluation.guards import _Rescaled, inspect
+from adverfine.attacks.scoring import Judge
+from adverfine.attacks.surrogates import Rescaled
+from adverfine.evaluation.cases import Case, Guard, guards
+from adverfine.evaluation.guards import inspect
 
 class Then(nn.Module):
     def __init__(self, f): super().__init__(); self.f = f
@@ -23,10 +25,13 @@ def _linear(scale=1.):
 
 def _x(n, gap=.02): return (torch.full((n, 4), .5)+torch.tensor([gap, gap, -gap, -gap])).view(n, 1, 2, 2)
 
-def _case(model, n=8, attacks=(PGD(.1),), robust_after=(1.,), gap=.02, **kw):
+def _case(model, n=8, attacks=(PGD(.1),), gap=.02, odd=0, fallen=0, fast=None, **kw):
+    "`n` images of class 0; the first pixel of the first `odd` ones is .7; the first `fallen` have fallen before"
     x = _x(n, gap)
-    kw = dict(stands=torch.ones(n, dtype=torch.bool)) | kw
-    return Case(model, x, torch.zeros(n, dtype=torch.long), attacks=attacks, robust_after=robust_after, **kw)
+    x[:odd,:,:1,:1] = .7
+    judge = Judge(model, x, torch.zeros(n, dtype=torch.long), standing=torch.ones(n, dtype=torch.bool), fast=fast)
+    judge.stands[:fallen] = False
+    return Case(judge, attacks, **kw)
 
 def _measure(name, case): return guards[name].measure(case)
 def _value(name, case): return _measure(name, case)[0]
@@ -53,75 +58,122 @@ class Blacken(Attack):
 seen = []
 
 def test_thresholds():
-    "What a reader of a report relies on: which number is suspicious, and which guards are for thorough evaluations"
-    assert {k: (g.limit, g.thorough) for k,g in guards.items()}==dict(
-        budget=(1e-6, False), metric=(0, False), determinism=(1e-4, False), probabilities=(0, False),
-        gradients=(0, False), zero_gradient=(0, False), unbounded=(.05, False),
-        scaled_margin=(.01, False), black_box=(.002, False), convergence=(.005, True), plateau=(.05, True),
-        transfer=(0, False), agreement=(.01, False))
+    "What a reader relies on: which number is suspicious, what it is a sign of, and which guards try attacks"
+    assert {k: (g.limit, g.sign_of, g.tries, g.thorough) for k,g in guards.items()}==dict(
+        determinism=(1e-4, 'masking', False, False), probabilities=(0, 'masking', False, False),
+        gradients=(0, 'masking', False, False), zero_gradient=(0, 'masking', False, False),
+        unbounded=(.05, 'masking', False, False), agreement=(.01, 'masking', False, False),
+        plateau=(.05, 'weakness', False, True), scaled_margin=(.01, 'weakness', True, False),
+        convergence=(.005, 'weakness', True, True), surrogate=(.01, 'masking', True, False),
+        transfer=(.01, 'masking', True, False), black_box=(.01, 'masking', True, False))
+    assert all(g.remedy and g.source for g in guards.values())
 
 def test_case():
     case = _case(_linear(), 300)
     assert len(case.some()[0])==128 and len(case.some()[1])==128 and len(case.some(5)[0])==5
     assert len(_case(_linear(), 300, thorough=True).some()[0])==300
-    fake = _linear()
-    assert case.climbed is case.model and _case(_blind(), fake_quantized=fake).climbed is fake
-    assert not case.blind and _case(_blind()).blind and not _case(_blind(), fake_quantized=fake).blind
+    few = _case(_linear(), 300)
+    few.judge.clean[:290] = False
+    assert len(few.x)==len(few.y)==10                        # what is wrong clean is nothing to a guard
+    fake,fast = _linear(),_linear()
+    case = _case(_linear(), fast=fast)
+    assert case.climbed is case.model is case.judge.model and case.quick is fast
+    both = _case(_blind(), fake_quantized=fake, fast=fast)
+    assert both.climbed is fake is both.quick and _case(fake).quick is fake
+    assert not case.blind and _case(_blind()).blind and not both.blind
     with torch.no_grad(): assert not case.blind
     assert case.white==[PGD(.1)] and _case(_linear(), attacks=(Square(.1),)).white==[]
     assert _case(_linear(), attacks=(Transfer(PGD(.1), fake),)).white==[PGD(.1)]
     made = _case(_linear(), attacks=(PGD(.1, norm='l2', clamp=False),)).same(APGD, steps=3)
-    assert (type(made), made.eps, made.norm, made.clamp, made.steps)==(APGD, .1, 'l2', False, 3)
-    assert _case(_linear(), seed=5).generator().initial_seed()==5 and _case(_linear()).generator().initial_seed()==0
+    assert made==APGD(.1, norm='l2', clamp=False, steps=3)
+
+def test_a_network_that_takes_no_gradient_is_blind_whatever_its_weights_want():
+    for net in (nn.Sequential(Then(lambda x: x.detach()), _linear()), lambda x, net=_linear(): net(x.detach())):
+        assert _case(net).blind and not {'zero_gradient', 'unbounded'} & {o.guard for o in inspect(_case(net))}
+
+def test_a_random_network_is_attacked_on_the_average():
+    noisy = Then(lambda x, net=_linear(): net(x+.01*torch.randn_like(x)))
+    case = _case(noisy, attacks=(FGSM(.1),), thorough=True)
+    assert case.random and not _case(_linear()).random
+    assert case.same(PGD, steps=3)==EOT(PGD(.1, steps=3), 8) and case.same(Square, queries=3)==Square(.1, queries=3)
+    assert case.steadied(FGSM(.1))==EOT(FGSM(.1), 8)
+    assert 'PGD-10 EOT-8 with 10 steps instead of 1' in _measure('convergence', case)[1]
 
 @pytest.mark.parametrize('thorough', [False, True])
 def test_accuracy_that_an_attack_costs(thorough):
     net,n = _linear(),600
-    case = _case(net, n, robust_after=(.9, .5), thorough=thorough)
-    case.x[::2,:,:1,:1] = .7                  # every second one falls
-    case.stands[:20] = False
+    case = _case(net, n, fallen=20, thorough=thorough)
+    case.judge.x[::2,:,:1,:1] = .7            # every second one falls
     seen.clear()
-    assert case.fall(Blacken(1.))==pytest.approx(.5*.5)
-    assert sum(o[1] for o in seen)==(580 if thorough else 128) and max(o[1] for o in seen)<=256
-    assert all(o[0] is net for o in seen)
-    case.stands[:] = False
-    assert case.fall(Blacken(1.))==0
-    case.stands[:] = True
+    tried = 580 if thorough else 128
+    assert case.take('x', Blacken(1.), .01)==pytest.approx((.5*580/600, 580/600/tried))
+    assert sum(o[1] for o in seen)==tried and max(o[1] for o in seen)<=256
+    assert all(o[0].network is net and o[0].through is None for o in seen)
+    assert case.judge.robust==(580-tried/2)/600                                   # and is paid at once
+    outcomes = case.judge.outcomes
+    assert outcomes.count('guard x')==tried/2 and all(o=='guard x' for o in outcomes[20:20+tried:2])
+    assert not any(case.judge.stands[20:20+tried:2]) and all(case.judge.stands[21:600:2])
+    case.judge.stands[:] = False
+    assert case.take('x', Blacken(1.), .01)==(0, 0)
+    case.judge.stands[:] = True
     other = _linear()
     seen.clear()
-    case.fall(Transfer(Blacken(1.), other))
+    case.take('x', Transfer(Blacken(1.), other), .01)
     assert all(o[0] is other for o in seen)
+    case.judge.stands[:] = True
+    seen.clear()
+    case.take('x', Blacken(1.), .01, other)
+    assert all(o[0].through is other for o in seen)
 
-def test_bfloat16_is_for_crafting_only():
-    precisions = []
-    net = nn.Sequential(*_linear(), Then(lambda z: (precisions.append(torch.is_autocast_enabled('cpu')), z)[1]))
-    for bf16 in (False, True):
-        precisions.clear()
-        _case(net, bf16=bf16).fall(PGD(.1, steps=2))
-        assert any(precisions)==bf16 and not precisions[-1]
+@pytest.mark.parametrize('limit,tried', [(.05, 128), (.01, 128), (1/200, 200), (.002, 500), (.0001, 600)])
+def test_the_sample_grows_until_an_image_is_worth_the_limit(limit, tried):
+    seen.clear()
+    _case(_linear(), 600).take('x', Blacken(1.), limit)
+    assert sum(o[1] for o in seen)==tried
+
+@pytest.mark.parametrize('n,odd,limit,ok', [(8, 1, 1/8, True), (8, 2, 1/8, False), (100, 1, .01, True),
+    (100, 2, .01, False), (600, 1, .01, True), (600, 2, .01, False)])
+def test_a_limit_is_never_finer_than_one_image(n, odd, limit, ok):
+    "One image more is never suspicious; with 128 of 600 tried, each of the two is worth 1/128"
+    def measure(case):
+        gain,one = case.take('x', Blacken(1.), .01)
+        return gain,'x',one
+    found = Guard(measure, .01, 'here', 'masking', 'more').find('x', _case(_linear(), n, odd=odd))
+    assert (found.limit, found.ok)==(pytest.approx(limit), ok) and (found.guard, found.source)==('x', 'here')
+
+def test_images_are_crafted_on_the_fast_network_and_judged_by_the_exact_one():
+    asked = []
+    def noting(name, net): return Then(lambda x: (asked.append((name, x.requires_grad)), net(x))[1])
+    fast = noting('fast', _linear())
+    case = _case(noting('exact', _linear()), fast=fast)
+    assert case.take('x', PGD(.1, steps=2), .01, case.quick)[0]==1
+    assert asked==[('fast', True)]*2+[('exact', False)]
+    # what a fast network claims and the exact one does not confirm does not count
+    wrong = Then(lambda x, net=_linear(): -net(x))
+    for attack in (APGD(.1, steps=5), Square(.1, queries=5), PGD(.1, steps=3)):
+        case = _case(_linear(), fast=wrong, gap=.2)
+        assert case.take('x', attack, .01)[0]==0 and case.judge.robust==1
 
 def test_look():
     net = _linear()
     quiet = {o.guard for o in inspect(_case(net))}
-    assert {'budget', 'metric', 'determinism', 'scaled_margin'}<=quiet
-    assert not {'convergence', 'plateau', 'transfer', 'agreement'}&quiet
+    assert {'determinism', 'scaled_margin', 'black_box'}<=quiet
+    assert not {'convergence', 'plateau', 'transfer', 'agreement', 'surrogate'}&quiet
     assert {'convergence', 'plateau'}<={o.guard for o in inspect(_case(net, thorough=True))}
+    tries = {o.guard for o in inspect(_case(net), tries=True)}
+    looks = {o.guard for o in inspect(_case(net), tries=False)}
+    assert tries=={'scaled_margin', 'black_box'} and looks | tries==quiet and not looks & tries
     case = _case(net)
-    case.x,case.y,case.stands = case.x[:0],case.y[:0],case.stands[:0]
+    case.judge.clean[:] = False
     assert inspect(case)==()
     net.train()
-    [found] = [o for o in inspect(_case(net, clean=.5, robust_after=(.5,))) if o.guard=='metric']
-    assert net.training and found.ok and found.value==0==found.limit and str(found).startswith('ok')
-    [found] = [o for o in inspect(_case(net, clean=.5, robust_after=(.75,))) if o.guard=='metric']
-    assert not found.ok and found.value==.25 and found.source=='definition of robust accuracy'
-    assert str(found).startswith('FLAGGED')
-
-def test_budget():
-    assert _value('budget', _case(None, far=.1))==0==_value('budget', _case(None, far=.05))
-    assert _value('budget', _case(None))==_case(None).far==0 and _case(None).clean==1
-    assert _value('budget', _case(None, far=.1+2e-6))==pytest.approx(2e-6)
-    assert 'beyond' in _measure('budget', _case(None, far=.1+2e-6))[1]
-    assert 'no adv' in _measure('budget', _case(None, far=.1+5e-7))[1]
+    [found] = [o for o in inspect(_case(net, gap=.2)) if o.guard=='scaled_margin']
+    assert net.training and found.ok and found.value==0 and str(found).startswith('ok')
+    case = _case(net)
+    [found] = [o for o in inspect(case) if o.guard=='scaled_margin']
+    assert not found.ok and found.value==1 and found.source=='arXiv 2003.01690' and found.limit==1/8
+    assert str(found).startswith('FLAGGED') and found.sign_of=='weakness' and 'AutoAttack' in found.remedy
+    assert case.judge.robust==0 and set(case.judge.outcomes)=={'guard scaled_margin'}
 
 def test_determinism():
     net = Counting(_linear())
@@ -158,8 +210,7 @@ def test_gradients():
 def test_zero_gradient():
     net = _linear()
     half = Then(lambda x: torch.where((x[:,0,0,0]>.6)[:,None], net(x).detach(), net(x)))
-    case = _case(half, 600, thorough=True)
-    case.x[:150,:,:1,:1] = .7
+    case = _case(half, 600, odd=150, thorough=True)
     assert _value('zero_gradient', case)==.25
     # some pixels without a gradient are no reason
     one = Then(lambda x: net(torch.cat([x[:,:,:1], x[:,:,1:].detach()], 2)))
@@ -177,42 +228,43 @@ def test_the_margin_is_taken_on_rescaled_logits():
     "In l2 a step along a gradient of 1e-20 is no step, unless the logits are brought to unit size before"
     attacks = PGD(.1, norm='l2', steps=20),
     weak = _case(_linear(1e-20), attacks=attacks, gap=.049)
-    assert weak.fall(attacks[0])==0 and weak.fall(APGD(.1, norm='l2', loss='margin'))==0
+    assert weak.take('x', attacks[0], .01)[0]==0==weak.take('x', APGD(.1, norm='l2', loss='margin'), .01)[0]
     assert _value('scaled_margin', weak)==1
     assert _value('scaled_margin', _case(_linear(), attacks=attacks, gap=.2))==0
+    for norm,eps in (('l1', .5), ('l0', 2)):         # APGD has no steps for these
+        attacks = PGD(eps, norm=norm, steps=1),
+        assert _value('scaled_margin', _case(_linear(), attacks=attacks))==1
     net = Counting(_linear())
     _measure('scaled_margin', _case(net, gap=.2))
-    assert net.calls==1+21+2
+    assert net.calls==1+5+22+1                       # blind? random? APGD, and the network's word
     assert _measure('scaled_margin', _case(_blind())) is None
-    assert _measure('scaled_margin', _case(_linear(), fake_quantized=_linear())) is None
+    # a deployed network is attacked through its fake-quantized one
+    for scale,value in ((1., 1), (-1., 0)):
+        assert _value('scaled_margin', _case(_blind(), fake_quantized=_linear(scale), gap=.09))==value
 
 def test_rescaled_logits_have_unit_size_and_a_constant_scale():
     net,x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)),torch.rand(5, 1, 2, 2, requires_grad=True)
     for scale in (1e-20, 1., 1e6):
         big = Then(lambda x: net(x)*scale)
-        out = _Rescaled(big)(x)
+        out = Rescaled(big)(x)
         floor = 1e-12/scale if scale<1e-6 else 0
         torch.testing.assert_close(out, net(x)/net(x).std(1, keepdim=True).clamp_min(floor))
         grad = torch.autograd.grad(out[:,0].sum(), x)[0]
         rescaled = net(x)[:,0]/net(x).detach().std(1).clamp_min(floor)
         torch.testing.assert_close(grad, torch.autograd.grad(rescaled.sum(), x)[0])
-    assert _Rescaled(Then(lambda x: torch.zeros(2, 3)))(x).tolist()==[[0]*3]*2
+    assert Rescaled(Then(lambda x: torch.zeros(2, 3)))(x).tolist()==[[0]*3]*2
 
 def test_black_box():
     net = _linear()
-    two = dict(attacks=(PGD(.1), Square(.1, queries=5)), robust_after=(.9, .6))
-    # what Square took is known
-    assert _value('black_box', _case(net, **two))==pytest.approx(.3)
-    # unless all is wanted: then it is run on what stands
-    assert _value('black_box', _case(net, thorough=True, **two))==pytest.approx(.6)
-    first = dict(attacks=(Square(.1, queries=5), PGD(.1)), robust_after=(.9, .6))
-    assert _value('black_box', _case(net, **first))==pytest.approx(.6)
-    assert _value('black_box', _case(net, gap=.2))==0
+    assert _value('black_box', _case(net))==1 and _value('black_box', _case(net, gap=.2))==0
+    # that Square has run is no reason: the guard asks for what stands after it
+    assert _value('black_box', _case(net, attacks=(PGD(.1), Square(.1, queries=5)), fallen=6))==.25
     assert _measure('black_box', _case(net, attacks=(Square(.1),))) is None
+    assert 'random search' in _measure('black_box', _case(net))[1]
     for thorough,queries in (False, 100), (True, 2000):
         watched = Counting(net)
         _measure('black_box', _case(watched, 1, gap=.3, thorough=thorough))
-        assert watched.calls==queries+2
+        assert watched.calls==5+queries+1+1          # random? Square, and the network's word
 
 def test_convergence():
     @dataclass(frozen=True)
@@ -222,43 +274,63 @@ def test_convergence():
             return 1-x if self.steps>=6 else x
     net = _linear()
     seen.clear()
-    assert _value('convergence', _case(net, attacks=(Slow(.1, 3),), robust_after=(.5,)))==.5 and seen==[6]
-    assert _value('convergence', _case(net, attacks=(Slow(.1, 2),)))==0
-    assert _value('convergence', _case(net, attacks=(FGSM(.1), Slow(.1, 3))))==1
+    value,says,one = _measure('convergence', _case(net, attacks=(Slow(1., 3),), fallen=4))
+    assert (value, one)==(.5, 1/8) and seen==[6] and says.startswith('Slow with 6 steps instead of 3 takes 0.5')
+    assert _value('convergence', _case(net, attacks=(Slow(1., 2),)))==0
+    assert _value('convergence', _case(net, attacks=(FGSM(1.), Slow(1., 3))))==1
     # nothing to double: PGD
-    assert _value('convergence', _case(net, attacks=(FGSM(.1),)))==1
+    value,says,_ = _measure('convergence', _case(net, attacks=(FGSM(.1),)))
+    assert value==1 and says.startswith('PGD-10 with 10 steps instead of 1 ')
     assert _value('convergence', _case(net, attacks=(FGSM(.1),), gap=.2))==0
     assert _measure('convergence', _case(net, attacks=(Square(.1),))) is None
     assert _measure('convergence', _case(_blind())) is None
-    assert _measure('convergence', _case(net, fake_quantized=net)) is None
+    assert _value('convergence', _case(_blind(), fake_quantized=net))==1
+
+def test_an_average_has_the_steps_of_what_is_averaged():
+    net,attack = _linear(),EOT(PGD(.1, steps=30), 2)
+    assert _measure('convergence', _case(net, attacks=(attack,)))[1].startswith(
+        'PGD-60 EOT-2 with 60 steps instead of 30 ')
+    assert 'of 30 steps' in _measure('plateau', _case(net, attacks=(attack,)))[1]
 
 def test_plateau():
     net = _linear()
     value = lambda steps: _value('plateau', _case(net, attacks=(FGSM(.1), PGD(.1, steps=steps)), gap=.2))
     assert value(10)==1 and .2<value(11)<1 and value(60)<1e-4
-    assert _value('plateau', _case(net, attacks=(FGSM(.1),), gap=.2))==0                       # one step, one loss
+    for attack,what in ((FGSM(.1), '1 step '), (PGD(.1, steps=9), '9 steps ')):      # too short to say
+        value,says = _measure('plateau', _case(net, attacks=(attack,), gap=.2))
+        assert value==1 and says.startswith(f'an attack of {what}does not show')
     assert net[1].weight.requires_grad
     assert _measure('plateau', _case(net, attacks=(Square(.1),))) is None
     assert _measure('plateau', _case(_blind())) is None
 
+def _rounding(net): return nn.Sequential(Then(lambda x: (x*100).round()/100), net).eval()
+
+def test_surrogate():
+    "Behind a rounding the gradient is zero; straight through it, and inside, it is the network's own"
+    case = _case(_rounding(_linear()), 300)
+    assert set(case.surrogates)=={'straight through', 'inside'} and case.has_way_around
+    value,says,_ = _measure('surrogate', case)
+    assert value==1 and 'a surrogate (straight through) take 1.0000' in says
+    assert case.judge.outcomes==['guard surrogate, straight through']*128+['guard surrogate, inside']*128+['stands']*44
+    assert _value('surrogate', _case(_rounding(_linear()), gap=.2))==0
+    assert _measure('surrogate', _case(_linear())) is None
+    assert _measure('surrogate', _case(nn.Sequential(_linear()))) is None          # the same gradients inside
+    assert _measure('surrogate', _case(_blind())) is not None
+
 def test_transfer():
     net = _linear()
-    child = nn.Sequential(Then(lambda x: (x*100).round()/100), net).eval()
+    child = _rounding(net)
     assert _value('transfer', _case(child, 300, parent=net))==1
-    stands = torch.ones(300, dtype=torch.bool)
-    stands[:240] = False
-    assert _value('transfer', _case(child, 300, parent=net, stands=stands))==pytest.approx(.2)
+    assert _value('transfer', _case(child, 300, parent=net, fallen=240))==pytest.approx(.2)
     assert _value('transfer', _case(child, 300, parent=net, gap=.2))==0
-    few = _case(child, 300, parent=net, gap=.2)
-    few.stands[:] = False
-    assert _value('transfer', few)==0 and 'fool 0 more' in _measure('transfer', few)[1]
+    few = _case(child, 300, parent=net, gap=.2, fallen=300)
+    assert _value('transfer', few)==0 and 'take 0.0000 more' in _measure('transfer', few)[1]
     assert _measure('transfer', _case(child)) is None
     assert _measure('transfer', _case(child, attacks=(Square(.1),), parent=net)) is None
 
 def test_agreement():
     net = _linear()
     fake = Then(lambda x: torch.where((x[:,0,0,0]>.6)[:,None], -net(x), net(x)))
-    case = _case(net, 600, fake_quantized=fake)
-    case.x[:150,:,:1,:1] = .7
+    case = _case(net, 600, odd=150, fake_quantized=fake)
     assert _value('agreement', case)==.25 and _value('agreement', _case(net, fake_quantized=_linear()))==0
     assert _measure('agreement', _case(net)) is None

@@ -1,5 +1,6 @@
 "Evaluations whose every figure can be worked out by hand"
 import copy, json
+from dataclasses import replace
 import pytest, torch
 from torch import nn
 from fastai.vision.all import Learner
@@ -7,12 +8,14 @@ from adverfine.threat import pixel_space, ThreatModel
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.losses import margin
-from adverfine.attacks.scoring import attacked
+from adverfine.attacks.scoring import Asked, attacked, Judge, score
 from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.attacks.apgd import APGD
 from adverfine.attacks.square import Square
 from adverfine.attacks.autoattack import AutoAttack
 from adverfine.compression.quantization import quantize
-from adverfine.evaluation.report import half_width
+from adverfine.evaluation.cases import Finding
+from adverfine.evaluation.report import interval, RobustnessReport
 from adverfine.evaluation.robustness import evaluate
 import fastai.callback.progress  # noqa: F401 verbs of a Learner
 
@@ -38,7 +41,9 @@ def test_wilson_intervals():
     for p,n in [(.5, 100), (.9, 40), (0, 10), (1, 1000), (.123, 7)]:
         z = 1.959964         # the ends are where (p-q)^2 = z^2 q(1-q)/n
         a,b,c = 1+z*z/n,-2*p-z*z/n,p*p
-        assert half_width(p, n)==pytest.approx((b*b-4*a*c)**.5/(2*a))
+        root = (b*b-4*a*c)**.5
+        assert interval(p, n)==pytest.approx(((-b-root)/(2*a), (-b+root)/(2*a)), abs=1e-12)
+    assert interval(0, 10)[0]==0 and interval(1, 10)[1]==pytest.approx(1) and interval(1, 10)[0]<.8
 
 @pytest.mark.parametrize('bs', [256, 3])
 def test_report(bs, tmp_path):
@@ -46,9 +51,12 @@ def test_report(bs, tmp_path):
     assert list(report.outcomes)==toy_outcomes and report.labels==tuple(toy_y.tolist()) and report.n==14
     assert (report.clean, report.robust)==(12/14, 5/14) and report.robust_after=={'PGD-1': 8/14, 'FGSM': 5/14}
     assert report.attacks==(first, second) and report.threat==ThreatModel(.1)
-    assert report.clean_ci==half_width(12/14, 14) and report.robust_ci==half_width(5/14, 14)
-    assert set(report.took)=={'PGD-1', 'FGSM'} and all(0<o<report.seconds for o in report.took.values())
-    assert not report.bf16
+    assert report.clean_ci==interval(12/14, 14) and report.robust_ci==interval(5/14, 14)
+    low,high = report.robust_ci
+    assert low<5/14<high and f'robust {5/14:.4f} [{low:.4f}, {high:.4f}]' in str(report)
+    ran = {'PGD-1', 'FGSM', 'guard scaled_margin', 'guard black_box'}       # what found nothing has no row, but a price
+    assert set(report.took)==ran==set(report.passes) and all(0<o<report.seconds for o in report.took.values())
+    assert report.crafted in ('as it is', 'channels_last', 'fused') and not report.bf16
     assert list(report.curve)==pytest.approx([0, .05, .1, .15, .2, .3])
     assert list(report.curve.values())==pytest.approx([12/14, 8/14, 5/14, 4/14, 3/14, 1/14])
     images = report.images()
@@ -73,22 +81,72 @@ def test_report(bs, tmp_path):
     assert d['per_class'][0]=={'class': 'left', 'n': 7, 'clean': 1, 'robust': 3/7}
     assert d['vocab']==['left', 'right', 'never'] and d['threat']==dict(eps=.1, norm='linf', clamp=True)
     assert [o['name'] for o in d['attacks']]==['PGD-1', 'FGSM'] and len(d['findings'])==len(report.findings)
-    assert d['outcomes']==toy_outcomes and d['bf16'] is False
+    assert d['outcomes']==toy_outcomes and d['bf16'] is False and d['crafted']==report.crafted
+    assert d['clean_ci']==list(report.clean_ci) and d['robust_ci']==list(report.robust_ci)
+    assert d['passes']==report.passes and d['verdict']==report.verdict=='trusted' and d['meaning']==report.meaning
+    assert d['broken'] is d['escalated'] is False and d['left_out']==d['remedies']==[] and d['data']==d['split']==''
     assert not list(tmp_path.glob('None*')) and isinstance(report.to_json(), str)
     nameless = evaluate(_toy(), toy_x, toy_y, first, progress=False)
     assert list(nameless.per_class().index)==['0', '1', '2'] and nameless.vocab is None
 
-def test_verdicts():
+def test_guards_of_an_evaluation():
     report = evaluate(_toy(), toy_x, toy_y, [first, second], progress=False)
-    assert report.verdict=='trusted' and report.reasons==()
-    assert {o.guard for o in report.findings}=={'budget', 'metric', 'determinism', 'probabilities', 'gradients',
-        'zero_gradient', 'unbounded', 'scaled_margin', 'black_box'}
-    weak = evaluate(_toy(), toy_x, toy_y, first, progress=False)
-    assert weak.verdict=='upper bound: possible gradient masking'
-    assert any(o.startswith('scaled_margin: ') for o in weak.reasons)
+    assert report.verdict=='trusted' and report.reasons==()==report.remedies
+    assert {o.guard for o in report.findings}=={'determinism', 'probabilities', 'gradients', 'zero_gradient',
+        'unbounded', 'scaled_margin', 'black_box'}
     thorough = evaluate(_toy(), toy_x, toy_y, second, thorough=True, parent=_toy(), progress=False)
     assert {'convergence', 'plateau', 'transfer'}<={o.guard for o in thorough.findings}
-    assert evaluate(_toy(), toy_x, toy_y, second, progress=False).findings[0].value<1e-6
+
+def test_what_guards_find_is_deducted_and_named():
+    "PGD with half the budget leaves three images that the guards' margin attack takes"
+    weak = evaluate(_toy(), toy_x, toy_y, first, progress=False)
+    assert weak.verdict=='not converged' and weak.meaning=='an upper bound: a stronger attack finds more'
+    [found] = [o for o in weak.findings if not o.ok]
+    assert found.guard=='scaled_margin' and found.value==pytest.approx(3/14) and found.limit==pytest.approx(1/14)
+    assert weak.reasons==(f'scaled_margin: {found.says}',) and weak.remedies==(found.remedy,)
+    assert list(weak.outcomes)==['guard scaled_margin' if o=='FGSM' else o for o in toy_outcomes]
+    assert weak.robust==5/14 and weak.robust_after=={'PGD-1': 8/14, 'guard scaled_margin': 5/14}
+    assert list(weak.images())==['label', 'clean', 'PGD-1', 'guard scaled_margin', 'robust']
+    assert {o[4] for o in weak.examples}=={'PGD-1', 'guard scaled_margin'} and len(weak.examples)==7
+    assert str(weak).endswith(f'remedy: {found.remedy}') and found.remedy.split(',')[0] in weak.to_html(picture=False)
+
+def _report(*signs, robust=.5, **kw):
+    "A report whose guards are signs of these"
+    found = tuple(Finding(f'g{i}', False, 1., 0., 'it is so', 'here', o, f'remedy {o}') for i,o in enumerate(signs))
+    fine = Finding('fine', True, 0., 0., 'nothing', 'here', 'masking', 'none')
+    return RobustnessReport(.8, robust, 10, ThreatModel(.1), (FGSM(.1),), {'FGSM': robust}, {'FGSM': 1.},
+                            {'FGSM': 20}, 1., (fine, *found), **kw)
+
+@pytest.mark.parametrize('signs,kw,verdict,meaning', [
+    ((), {}, 'trusted', 'nothing that was tried finds more'),
+    (('weakness',), {}, 'not converged', 'an upper bound: a stronger attack finds more'),
+    ((), dict(left_out=('Square', 'FGSM')), 'not converged',
+     'an upper bound: a stronger attack finds more; the budget did not suffice for Square, FGSM'),
+    (('masking',), {}, 'gradient masking', 'not broken: the figure is an upper bound, and may be far too high'),
+    (('weakness', 'masking'), {}, 'gradient masking', 'not broken'),
+    (('masking',), dict(broken=True, left_out=('Square',)), 'gradient masking',
+     'broken: the figure is that of attacks which get around it')])
+def test_verdicts(signs, kw, verdict, meaning):
+    report = _report(*signs, **kw)
+    assert report.verdict==verdict and report.meaning.startswith(meaning)
+    assert report.remedies==tuple(f'remedy {o}' for o in signs) and len(report.reasons)==len(signs)
+    html = report.to_html(picture=False)
+    for text in (str(report), html):
+        assert verdict in text and report.meaning in text
+        assert all((f'remedy: remedy {o}' in text)!=report.broken for o in signs)
+    assert ('#1e7a46' in html)==(not signs)
+
+def test_a_report_that_contradicts_itself_is_refused():
+    for clean,robust in ((.8, .9), (1.2, .5), (.8, -.1)):
+        with pytest.raises(ValueError, match=f'robust accuracy {robust} and clean accuracy {clean}.*right clean and'):
+            replace(_report(), clean=clean, robust=robust)
+    assert _report(robust=.8).robust==.8
+
+def test_where_images_come_from_is_said():
+    report = evaluate(_toy(), toy_x, toy_y, second, data='toys', split='test', progress=False)
+    assert '14 images (toys, test)' in str(report) and 'toys, test' in report.to_html(picture=False)
+    d = json.loads(report.to_json())
+    assert (d['data'], d['split'])==('toys', 'test')
 
 def test_only_eight_examples():
     x,y = (torch.cat([o, o]) for o in (toy_x, toy_y))
@@ -140,7 +198,7 @@ def test_deployed_network_and_its_fake_quantized_one():
     assert square.curve=={} and any('black-box' in o for o in square.reasons)
     backwards = _toy(-1.)                              # the network is asked about, not its fake-quantized one
     report = evaluate(blind, toy_x, toy_y, second, fake_quantized=backwards, progress=False)
-    assert report.clean==12/14 and report.robust==12/14
+    assert report.clean==12/14 and report.robust_after['FGSM']==12/14
 
 class Compiled(nn.Module):
     "What torch.compile leaves behind"
@@ -148,34 +206,128 @@ class Compiled(nn.Module):
     def forward(self, x): return self._orig_mod(x)
 
 def test_bfloat16_is_for_modules_that_are_neither_quantized_nor_compiled(monkeypatch):
-    import adverfine.evaluation.robustness
-    monkeypatch.setattr(adverfine.evaluation.robustness, 'bf16_is_fast', lambda: True)
+    import adverfine.networks.fastest as room
+    def as_bf16_wins(forms, x): return {name: .5 if 'bf16' in name else 1. for name in forms}
+    monkeypatch.setattr(room, '_times', as_bf16_wins)
+    monkeypatch.setattr(room, '_known', {})
+    monkeypatch.setattr(room, '_kept', dict)
+    monkeypatch.setattr(room, '_keep', lambda key, times: None)
+    monkeypatch.setattr(room, 'bf16_is_fast', lambda device: True)
     net,fake_quantized = _toy(),_toy()
     quantize(fake_quantized, 16, [toy_x])
-    said = lambda m, **kw: evaluate(m, toy_x, toy_y, FGSM(.1), progress=False, **kw).bf16
-    assert said(net) and not said(net, bf16=False)
-    assert not said(fake_quantized) and not said(lambda x: net(x)) and not said(Compiled(net))
-    monkeypatch.setattr(adverfine.evaluation.robustness, 'bf16_is_fast', lambda: False)
-    assert not said(net) and said(net, bf16=True)
+    def said(m, **kw): return evaluate(m, toy_x, toy_y, FGSM(.1), progress=False, **kw)
+    assert said(net).bf16 and said(net).crafted in ('bf16', 'fused bf16') and not said(net, bf16=False).bf16
+    assert json.loads(said(net).to_json())['bf16'] is True
+    for o in (fake_quantized, lambda x: net(x), Compiled(net)): assert not said(o).bf16
+    assert said(lambda x: net(x)).crafted=='as it is'==said(Compiled(net)).crafted
+    monkeypatch.setattr(room, 'bf16_is_fast', lambda device: False)
+    assert not said(net).bf16 and said(net, bf16=True).bf16
 
-def test_batches_and_passes():
-    from adverfine.evaluation.robustness import _Watched
-    stands = torch.tensor([True, False, True, True, False, True, True])
-    def batches(bs, stands=stands):
-        return [o.idxs.tolist() for o in attacked(_toy(), FGSM(.1), toy_x[:7], toy_y[:7], stands, bs=bs)]
+def test_bfloat16_crafts_and_float32_decides(monkeypatch):
+    "An evaluation that crafts in bfloat16 asks the network itself, in float32, about each image that it made"
+    asked = []
+    class Asking(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x):
+            out = self.net(x)
+            asked.append((self, x.detach().clone(), x.requires_grad, torch.is_autocast_enabled('cpu'), out.dtype))
+            return out
+    net = Asking(_toy())
+    report = evaluate(net, toy_x, toy_y, [first, second], bf16=True, progress=False)
+    assert list(report.outcomes)==toy_outcomes and report.bf16
+    own = [o for o in asked if o[0] is net]
+    assert not any(autocast or gradient or dtype!=torch.float32 for _,_,gradient,autocast,dtype in own[:4])
+    assert all(any(torch.equal(o[None], b) for _,x,*_ in own for b in x.split(1)) for _,o,*_ in report.examples)
+
+def test_batches():
+    idxs = torch.tensor([0, 2, 3, 5, 6])
+    def batches(bs, idxs=idxs, **kw):
+        return [o.idxs.tolist() for o in attacked(_toy(), FGSM(.1), toy_x[:7], toy_y[:7], idxs, bs=bs, **kw)]
     assert batches(2)==[[0, 2], [3, 5], [6]] and batches(5)==[[0, 2, 3, 5, 6]]
-    assert [len(o) for o in batches(4)]==[3, 2] and batches(4, stands & ~stands)==[]
-    ticks = []
-    watched = _Watched(_toy(), ticks.append)
-    watched(toy_x); watched(toy_x.clone().requires_grad_())
-    assert ticks==[14, 42] and not watched.training
+    assert [len(o) for o in batches(4)]==[3, 2] and batches(4, idxs[:0])==[]
+    assert batches(2, done=1)==[[3, 5], [6]] and batches(2, done=3)==[]
     net = _toy()
     sizes,ask = [],net.forward
     net.train()
-    net.forward = lambda x: (sizes.append(len(x)), ask(x))[1]
+    net.forward = lambda x: (sizes.append(len(x)), ask(x))[1]        # so it stays as it is: nothing faster crafts
     evaluate(net, toy_x, toy_y, [first, second], bs=5, progress=False)
-    # 12 stand: three batches, crafted and judged
-    assert sizes[:3]==[5, 5, 4] and sizes[3:9]==[4]*6 and net.training
+    # clean; eight together twice and alone; 12 stand: three batches, crafted and judged
+    assert sizes[:3]==[5, 5, 4] and sizes[3:13]==[8, 8]+[1]*8 and sizes[13:19]==[4]*6 and net.training
+
+def test_a_batch_that_goes_on_has_the_randomness_that_it_would_have_had():
+    idxs = torch.arange(7)
+    attack = PGD(.1, steps=1, step_size=1e-3)
+    def images(**kw): return [o.x_adv for o in attacked(_toy(), attack, toy_x, toy_y, idxs, bs=3, **kw)]
+    whole = images(seed=1)
+    assert all(torch.equal(a, b) for a,b in zip(whole[2:], images(seed=1, done=2)))
+    assert not torch.equal(whole[0], images(seed=2)[0]) and not torch.equal(whole[0], whole[1])
+
+def test_an_attack_that_leaves_its_budget_is_stopped_at_once():
+    class Far(FGSM):
+        def craft(self, model, x, y, generator): return x+2*self.eps
+    for run in (lambda: score(_toy(), Far(.1), toy_x, toy_y), lambda: evaluate(_toy(), toy_x, toy_y, Far(.1))):
+        with pytest.raises(ValueError, match='Far left its budget'): run()
+
+class Passes(nn.Module):
+    "Counts passes of single images, forward and backward"
+    def __init__(self, net, forward_only=False): super().__init__(); self.net,self.n = net,0
+    def forward(self, x):
+        self.n += len(x)
+        if x.requires_grad: x.register_hook(self.back)
+        return self.net(x)
+    def back(self, grad):
+        self.n += len(grad)
+        return grad
+
+toy_idxs = [i for i,o in enumerate(toy_outcomes) if o!='wrong']
+
+@pytest.mark.parametrize('attack,own', [(FGSM(.1), 2*12+12), (PGD(.3, steps=7), 7*2*12+12),
+    (PGD(.3, steps=3, restarts=2), 2*3*2*12+2*12+12), (Square(0., queries=9), (9+1)*12+12), (APGD(.1, steps=6), None)])
+def test_a_forward_pass_is_one_and_a_backward_pass_another(attack, own):
+    """Each attack asks the network a last time about what it made; with eps 0 nothing falls to Square before its end,
+    and how long APGD climbs depends on who falls"""
+    net,ticks = Passes(_toy()),[]
+    judge = Judge(net, toy_x, toy_y, bs=5, tick=ticks.append)
+    assert net.n==14                                         # clean: known before any attack
+    run = judge.run('x', attack)
+    assert run.passes==net.n-14==sum(ticks)==judge.passes and own in (None, run.passes) and run.tried==12
+    report = evaluate(lambda x: net(x), toy_x, toy_y, attack, bs=5, progress=False)
+    again = Judge(_toy(), toy_x, toy_y, bs=5)
+    assert report.passes[attack.name]==again.run(attack.name, attack).passes       # its name is part of the seed
+
+def test_passes_through_a_fast_and_another_network_count_too():
+    for through in (None, Passes(_toy(-1.))):
+        exact,fast = Passes(_toy()),Passes(_toy())
+        judge = Judge(exact, toy_x, toy_y, fast=fast)
+        exact.n = 0
+        run = judge.run('x', PGD(.1, steps=3), through=through)
+        seen = fast if through is None else through
+        assert seen.n==3*2*12 and exact.n==12 and run.passes==seen.n+exact.n
+        assert through is None or fast.n==0
+    # what a surrogate says that a call costs is counted
+    class Dear(nn.Module):
+        passes_a_call = 4,9
+        def forward(self, x): return _toy()(x)
+    assert Judge(_toy(), toy_x, toy_y).run('x', PGD(.1, steps=3), through=Dear()).passes==3*9*12+12
+    assert Judge(_toy(), toy_x, toy_y).run('x', Square(0., queries=3), through=Dear()).passes==4*4*12+12
+    asked = Asked(_toy(), Dear())
+    asked(toy_x); asked(toy_x.clone().requires_grad_()); asked.exactly(toy_x)
+    assert asked.passes==14*(4+9+1) and not asked.training
+
+@pytest.mark.parametrize('attack', [FGSM(.1), PGD(.1, steps=5), APGD(.1, steps=5), Square(.1, queries=20),
+                                    AutoAttack(.1, version='fast')], ids=lambda o: o.name)
+def test_what_a_fast_network_claims_and_the_exact_one_denies_does_not_count(attack):
+    "It says that everything is wrong; an attack that believed it would stop at once"
+    always_wrong = nn.Sequential(_toy(), _Swapped())
+    judge = score(_toy(), attack, toy_x, toy_y, fast=always_wrong)
+    for i,(lead,k,x_adv,predicted) in enumerate(judge.examples):
+        assert _toy()(x_adv[None]).argmax().item()==predicted!=toy_y[k]
+    assert [o!='stands' and o!='wrong' for o in judge.outcomes]==judge.fell.tolist()
+    assert judge.robust>=5/14                    # who withstands the exact network's attacks cannot fall
+
+class _Swapped(nn.Module):
+    "Classes 0 and 1 change places"
+    def forward(self, z): return z[:,[1,0,2]]
 
 def _toy_learner():
     torch.manual_seed(0)
@@ -193,7 +345,7 @@ def test_robustness_of_a_learner():
     assert whole.vocab==tuple(learn.dls.vocab)
     some = learn.robustness(FGSM(.1), n=60, progress=False)
     i = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:60].sort().values
-    assert some.labels==tuple(y[i].tolist()) and some.outcomes==tuple(whole.outcomes[k] for k in i)
+    assert some.labels==tuple(y[i].tolist()) and some.images().FGSM.tolist()==whole.images().FGSM[i.tolist()].tolist()
     assert learn.robustness(FGSM(.1), n=60, seed=1, progress=False).labels!=some.labels
     valid = learn.robustness(FGSM(.1), dl=learn.dls.valid, progress=False)
     assert valid.labels==tuple(pixels(learn.dls.valid)[1].tolist())

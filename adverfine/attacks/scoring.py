@@ -92,7 +92,7 @@ def attacked(
         with evaluating(model): logits = logits_of(exact, x_adv, yb)
         yield AttackedBatch(i, xb, x_adv, yb, logits)
 
-# %% ../../nbs/attacks/02_scoring.ipynb #0e598297
+# %% ../../nbs/attacks/02_scoring.ipynb #3875f5fe
 @dataclass(frozen=True)
 class Run:
     "What came of one attack"
@@ -144,7 +144,11 @@ class Judge:
     @property
     def robust(self) -> float: return self.stands.sum().item()/len(self.x)
     @property
-    def passes(self) -> int: return sum(o.passes for o in self.runs)
+    def passes(self) -> int: return sum(o.passes for o in self.runs[:self.seen])
+    @property
+    def remaining(self) -> int:
+        "How many images stood after the last run that was asked for"
+        return round(self.runs[self.seen-1].robust*len(self.x)) if self.seen else self.clean.sum().item()
     @property
     def fell(self) -> Tensor: return self.clean & ~self.stands
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from ..threat import PixelModel
 
-# %% ../../nbs/attacks/14_surrogates.ipynb #26fc692a
+# %% ../../nbs/attacks/14_surrogates.ipynb #3630fad5
 _in_one = {getattr(where, name) for where in (torch, Tensor) for name in
            'round floor ceil trunc fix sign sgn clamp clip clamp_min clamp_max'.split() if hasattr(where, name)}
 _in_place = {getattr(Tensor, f'{name}_') for name in
@@ -59,7 +59,7 @@ class StraightThrough(nn.Module):
         "Does the network do any of it to something that depends on the pixels, and is it differentiable then?"
         with torch.enable_grad(), _LetThrough() as mode:
             try: out = self.model(x.detach().clone().requires_grad_())
-            except RuntimeError: return False   # such as whole numbers wanted where there are floats now
+            except (RuntimeError, IndexError, TypeError): return False  # whole numbers wanted, as an index, say
         return mode.met and out.requires_grad
 
 # %% ../../nbs/attacks/14_surrogates.ipynb #170a488e

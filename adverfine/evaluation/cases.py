@@ -68,7 +68,7 @@ class Case:
     def y(self) -> Tensor: return self._right(self.judge.y)
     def _right(self, o): return o[self.judge.clean.to(o.device)].to(self.judge.device)
 
-# %% ../../nbs/evaluation/00_cases.ipynb #c9d8fdb5
+# %% ../../nbs/evaluation/00_cases.ipynb #a2c61cc9
 @patch
 def some(self:Case, n:int=128) -> tuple:
     "Images that the network gets right, and labels; all of them if the evaluation is thorough"
@@ -102,7 +102,9 @@ def random(self:Case) -> bool:
 def blind(self:Case) -> bool:
     "Does the network that is climbed give no gradients?"
     x = self.x[:1].clone().requires_grad_()
-    with torch.enable_grad(): return not self.climbed(x).requires_grad
+    with frozen(self.climbed), torch.enable_grad():
+        out = self.climbed(x)
+        return not out.requires_grad or torch.autograd.grad(out.float().sum(), x, allow_unused=True)[0] is None
 
 # %% ../../nbs/evaluation/00_cases.ipynb #e688c889
 def _slope(network, x, y):
@@ -136,7 +138,7 @@ def has_way_around(self:Case) -> bool:
     slope = _slope(Rescaled(self.climbed), self.x[:64], self.y[:64])
     return slope is not None and ((slope!=0).any(1)).float().mean().item()>.95
 
-# %% ../../nbs/evaluation/00_cases.ipynb #5aa801cc
+# %% ../../nbs/evaluation/00_cases.ipynb #a0e13dd8
 @patch
 def take(self:Case,
     name:str, # Of the guard
@@ -146,9 +148,9 @@ def take(self:Case,
 ) -> tuple: # The share of accuracy that it costs, and what a single image is worth
     "Let `attack` try images that stand"
     n = None if self.thorough else max(128, math.ceil(1/limit))
-    robust = self.judge.robust
     run = self.judge.run(f'guard {name}', attack, n, through)
     if not run.tried: return 0.,0.
+    robust = run.robust + run.fell/len(self.judge.x)     # before that run, which may be one of long ago
     return run.fell/run.tried*robust,robust/run.tried
 
 # %% ../../nbs/evaluation/00_cases.ipynb #d87ace12

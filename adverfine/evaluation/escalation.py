@@ -59,7 +59,7 @@ def _blindly(case):
     yield case.same(Square, queries=5000),None
     yield case.same(Square, queries=10_000),None
 
-# %% ../../nbs/evaluation/02_escalation.ipynb #59cb4ed7
+# %% ../../nbs/evaluation/02_escalation.ipynb #f38039ad
 class _Budget:
     "Passes that may be taken, and the names of attacks that they did not suffice for"
     def __init__(self, case, passes):
@@ -70,7 +70,7 @@ class _Budget:
     def run(self, name, attack, through):
         "Attack what stands, if it can be paid for"
         with_gradient = getattr(through, 'passes_a_call', (1, 2))[1]
-        price = attack.passes*with_gradient/2*self.judge.stands.sum().item()
+        price = attack.passes*with_gradient/2*self.judge.remaining
         if self.judge.passes+price>self.most: self.left_out.append(attack.name)
         else: self.judge.run(name, attack, through=through)
 

@@ -8,14 +8,14 @@ Docs: https://adverfine.github.io/adverfine/evaluation/guards.html.md"""
 __all__ = ['inspect', 'determinism', 'probabilities', 'gradients', 'zero_gradient', 'unbounded', 'agreement', 'plateau',
            'scaled_margin', 'convergence', 'surrogate', 'transfer', 'black_box']
 
-# %% ../../nbs/evaluation/01_guards.ipynb #2f3d4098
+# %% ../../nbs/evaluation/01_guards.ipynb #3344a630
 from dataclasses import replace
 import torch
 from ..networks.modes import evaluating, frozen
 from ..attacks.attack import cross_entropy, input_grad
 from ..attacks.scoring import score
 from ..attacks.gradient import PGD
-from ..attacks.adaptive import Transfer
+from ..attacks.adaptive import EOT, Transfer
 from ..attacks.apgd import APGD
 from ..attacks.square import Square
 from ..attacks.surrogates import Rescaled
@@ -64,7 +64,7 @@ def zero_gradient(case):
     share = (grad.flatten(1).abs().sum(1)==0).float().mean().item()
     return share,f"the gradient of the cross-entropy is exactly zero for {share:.1%} of images"
 
-# %% ../../nbs/evaluation/01_guards.ipynb #d46f4cf3
+# %% ../../nbs/evaluation/01_guards.ipynb #79b3055a
 _failures = 'arXiv 2106.09947'
 
 @guard(.05, 'arXiv 1902.06705', remedy="do not believe the figure: an attack without limits fails, so it cannot work")
@@ -81,11 +81,16 @@ def agreement(case):
     share = odd.float().mean().item()
     return share,f"the deployed network and the fake-quantized one disagree about {share:.1%} of images"
 
+def _steps_of(attack):
+    "How many gradient steps an attack takes, or the one that `EOT` runs"
+    return getattr(attack.attack if isinstance(attack, EOT) else attack, 'steps', 1)
+
 @guard(.05, _failures, sign_of='weakness', remedy="more steps", thorough=True)
 def plateau(case):
     if not case.white or case.blind: return None
-    steps = max(getattr(a, 'steps', 1) for a in case.white)
-    if steps<10: return 1.,f"{steps} step{'s' if steps>1 else ''} cannot show whether the loss levels off"
+    steps = max(map(_steps_of, case.white))
+    if steps<10:
+        return 1.,f"an attack of {steps} step{'s' if steps>1 else ''} does not show whether its loss levels off"
     x,y = case.some()
     losses = []
     def spy(x):
@@ -97,7 +102,7 @@ def plateau(case):
     moves = (max(losses[-10:])-min(losses[-10:]))/max(max(losses)-min(losses), 1e-12)
     return moves,f"over the last ten of {steps} steps the loss still moves by {moves:.3f} of its whole way"
 
-# %% ../../nbs/evaluation/01_guards.ipynb #b18166ab
+# %% ../../nbs/evaluation/01_guards.ipynb #478ad2db
 _stronger = "AutoAttack(eps, version='adaptive'), or escalate=True"
 
 def _by_margin(case, steps):
@@ -111,24 +116,30 @@ def scaled_margin(case):
     gain,one = case.take('scaled_margin', _by_margin(case, 20), .01, Rescaled(case.quick))
     return gain,f"a margin loss on rescaled logits takes {gain:.4f} more accuracy than the attacks did",one
 
+def _longer(attack, case):
+    "`attack` with twice the steps; if it has none to double, PGD"
+    if isinstance(attack, EOT) and hasattr(attack.attack, 'steps'):
+        return replace(attack, attack=_longer(attack.attack, case))
+    return replace(attack, steps=2*attack.steps) if hasattr(attack, 'steps') else case.same(PGD, steps=10)
+
 @guard(.005, _failures, sign_of='weakness', remedy=_stronger, tries=True, thorough=True)
 def convergence(case):
     if not case.white or case.blind: return None
-    steps = max(getattr(a, 'steps', 1) for a in case.white)
-    attack = next((a for a in case.white if getattr(a, 'steps', 1)==steps), None)
-    longer = replace(attack, steps=2*steps) if hasattr(attack, 'steps') else case.same(PGD, steps=10)
+    attack = max(case.white, key=_steps_of)
+    longer = _longer(attack, case)
     gain,one = case.take('convergence', longer, .005, case.quick)
-    return gain,f"{longer.name} with {longer.steps} steps instead of {steps} takes {gain:.4f} more accuracy",one
+    return gain,(f"{longer.name} with {_steps_of(longer)} steps instead of {_steps_of(attack)} "
+                 f"takes {gain:.4f} more accuracy"),one
 
-# %% ../../nbs/evaluation/01_guards.ipynb #b54c6539
+# %% ../../nbs/evaluation/01_guards.ipynb #37d8f7c9
 @guard(.01, 'arXiv 1802.00420', remedy="craft on the surrogate, Transfer(attack, ...), or escalate=True", tries=True)
 def surrogate(case):
     if not case.surrogates: return None
-    gains = {}
+    gains,most = {},case.judge.clean.float().mean().item()
     for name,network in case.surrogates.items():
         gains[name],one = case.take(f'surrogate, {name}', _by_margin(case, 20), .01, Rescaled(network))
-    best = max(gains, key=gains.get)
-    return sum(gains.values()),f"gradients of a surrogate ({best}) take {sum(gains.values()):.4f} more accuracy",one
+    best,gain = max(gains, key=gains.get),min(sum(gains.values()), most)     # samples may say more than there is
+    return gain,f"gradients of a surrogate ({best}) take {gain:.4f} more accuracy",one
 
 @guard(.01, 'arXiv 1802.00420', remedy="Transfer(attack, parent), or escalate=True", tries=True)
 def transfer(case):

@@ -1,0 +1,238 @@
+"Evaluations that go on: after an interruption, with stronger attacks, and around what hides gradients"
+import copy
+import pytest, torch
+from torch import nn, Tensor
+from fastai.vision.all import Learner, set_seed
+from adverfine.threat import PixelModel, PixelSpace, ThreatModel
+from adverfine.networks.zoo import cnn8
+from adverfine.data.pixels import pixels
+from adverfine.data.sources import digits_dls
+from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.attacks.square import Square
+from adverfine.attacks.autoattack import AutoAttack
+from adverfine.attacks.surrogates import inner_networks, Inside, Smoothed, StraightThrough
+from adverfine.attacks.scoring import score
+from adverfine.evaluation.escalation import check_budget
+from adverfine.evaluation.robustness import check_alone, evaluate
+from adverfine.training.adversarial import AdversarialTraining
+import adverfine.compression.quantization, fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
+
+class Then(nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+# ---- state folders
+
+calls,last_call = [],[10**9]
+
+class Impatient(nn.Module):
+    "Interrupted once it has been called so often, its copies included"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x):
+        calls.append(len(x))
+        if len(calls)==last_call[0]: raise KeyboardInterrupt
+        return self.net(x)
+
+@pytest.fixture
+def toy(monkeypatch):
+    "A network in which most images fall, some of them to guards and to the escalation alone"
+    monkeypatch.setenv('ADVERFINE_FASTEST', 'as it is')
+    torch.manual_seed(0)
+    net,x = nn.Sequential(nn.Flatten(), nn.Linear(16, 30), nn.Tanh(), nn.Linear(30, 4)).eval(),torch.rand(40, 1, 4, 4)
+    net[1].weight.data *= 3
+    net = nn.Sequential(Then(lambda x: (x*6).round()/6), net)
+    with torch.no_grad(): y = net(x).argmax(1)
+    y[3] = (y[3]+1)%4
+    return Impatient(net),x,y
+
+def _evaluate(toy, *, stop=10**9, attacks=(FGSM(.1), PGD(.1, steps=2)), bs=9, **kw):
+    calls.clear()
+    last_call[:] = [stop]
+    return evaluate(*toy, attacks, bs=bs, progress=False, **kw)
+
+def _facts(report):
+    "Everything but the time that it took"
+    examples = [(x_adv.tolist(), *rest) for _,x_adv,*rest in report.examples]
+    return (report.outcomes, report.robust_after, report.passes, report.findings, report.verdict, report.meaning,
+            report.curve, examples)
+
+@pytest.mark.parametrize('kw', [dict(), dict(escalate=True, budget=1300), dict(thorough=True)],
+                         ids=['plain', 'escalate', 'thorough'])
+def test_what_is_interrupted_again_and_again_comes_to_the_same(toy, tmp_path, kw):
+    whole = _evaluate(toy, **kw)
+    n = len(calls)
+    if kw.get('escalate'): assert whole.left_out and len(whole.robust_after)>3
+    for share in (.05, .3, .8):
+        with pytest.raises(KeyboardInterrupt): _evaluate(toy, stop=max(round(n*share/4), 25), state=tmp_path/'a', **kw)
+    assert _facts(_evaluate(toy, state=tmp_path/'a', **kw))==_facts(whole)
+    again = _evaluate(toy, state=tmp_path/'a', **kw)      # all is known but what guards only look at
+    looks = len(calls)
+    assert _facts(again)==_facts(whole) and looks<.5*n
+    for share in (.15, .5, .9):                          # each time from the start; what is done is not done again
+        with pytest.raises(KeyboardInterrupt): _evaluate(toy, stop=round(n*share), state=tmp_path/f'{share}', **kw)
+        report = _evaluate(toy, state=tmp_path/f'{share}', **kw)
+        assert len(calls)<=(1.15-share)*n+looks and _facts(report)==_facts(whole)
+
+@pytest.mark.parametrize('what,differs', [('images', 'images'), ('labels', 'images'), ('weights', 'weights'),
+    ('attacks', 'attacks'), ('seed', 'seed'), ('escalate', 'escalate'), ('thorough', 'thorough'), ('bs', 'bs')])
+def test_a_folder_of_another_evaluation_is_refused(toy, tmp_path, what, differs):
+    _evaluate(toy, state=tmp_path)
+    before = (tmp_path/'state.safetensors').read_bytes()
+    net,x,y = copy.deepcopy(toy[0]),toy[1].clone(),toy[2].clone()
+    kw = dict(attacks=dict(attacks=(FGSM(.1), PGD(.1, steps=3))), seed=dict(seed=1), escalate=dict(escalate=True),
+              thorough=dict(thorough=True), bs=dict(bs=8)).get(what, {})
+    if what=='images': x[0,0,0,0] /= 2
+    if what=='labels': y[0] = (y[0]+1)%4
+    if what=='weights': net.net[1][1].bias.data[0] += 1e-3
+    with pytest.raises(ValueError, match=f'holds another evaluation .{differs} differ.: name another folder'):
+        _evaluate((net, x, y), state=tmp_path, **kw)
+    assert (tmp_path/'state.safetensors').read_bytes()==before
+
+def test_a_damaged_state_and_a_file_for_a_folder(toy, tmp_path):
+    _evaluate(toy, state=tmp_path/'a'/'b')
+    file = tmp_path/'a'/'b'/'state.safetensors'
+    whole = file.read_bytes()
+    for broken in (whole[:50], b'', whole[:8]+b'x'+whole[9:]):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match='is damaged .*delete it, and the evaluation begins anew'):
+            _evaluate(toy, state=tmp_path/'a'/'b')
+    with pytest.raises(ValueError, match='is a file: name a folder'): _evaluate(toy, state=file)
+    file.unlink()
+    assert _facts(_evaluate(toy, state=tmp_path/'a'/'b'))==_facts(_evaluate(toy))
+
+# ---- what is refused before it begins
+
+@pytest.mark.parametrize('norm,passes', [('linf', 3*41+2), ('l2', 3*41+2), ('l1', 300), ('l0', 300)])
+def test_a_budget_that_pays_for_nothing(toy, norm, passes):
+    check_budget(passes, ThreatModel(1, norm))
+    with pytest.raises(ValueError, match=f'budget={passes-1} passes.*which may take {passes}: give more, or esc'):
+        _evaluate(toy, attacks=FGSM(1, norm=norm), escalate=True, budget=passes-1)
+    _evaluate(toy, attacks=FGSM(0, norm=norm), budget=1)         # of no account where nothing escalates
+
+def test_networks_whose_answer_depends_on_the_batch():
+    torch.manual_seed(0)
+    x = torch.rand(8, 1, 6, 6)
+    norm = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)).train()
+    check_alone(Then(norm.eval()), x)
+    with pytest.raises(ValueError, match='depends on the others in its batch.*call .eval.. on the network inside'):
+        norm.train()
+        evaluate(lambda x: norm(x), x, torch.zeros(8, dtype=torch.long), FGSM(.1), progress=False)
+    evaluate(norm, x, torch.zeros(8, dtype=torch.long), FGSM(.1), progress=False)    # a module is put into eval mode
+    check_alone(lambda x: norm.eval()(x+.3*torch.randn_like(x)), x)                  # random: something else
+    check_alone(lambda x: norm(x)+1e-7*len(x), x)
+
+# ---- surrogates
+
+@pytest.mark.parametrize('f', [lambda x: (x*9).round()/9, lambda x: (x*9).add_(0).round_()/9, lambda x: (x*9).long()/9.,
+    lambda x: (x*255).to(torch.uint8).float()/255, lambda x: x.clamp(.3, .6), lambda x: (x*1).clamp_(min=.5),
+    lambda x: torch.floor(x*9)/9, lambda x: x.detach(), lambda x: (x*2).detach()/2], ids=range(9))
+def test_straight_through(f):
+    "The value is the network's, the derivative that of the identity"
+    w = torch.arange(1., 19).view(1, 2, 3, 3)
+    def net(x): return f(x).mul(w).flatten(1).sum(1, keepdim=True)*torch.tensor([[1., -1]])
+    x = torch.rand(4, 2, 3, 3, requires_grad=True)
+    through = StraightThrough(net)
+    assert through.changes(x)
+    out = through(x)
+    torch.testing.assert_close(out, net(x.detach()), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(out[:,0].sum(), x)[0], w.expand(4, -1, -1, -1), rtol=1e-4, atol=1e-4)
+
+def test_straight_through_leaves_what_does_not_depend_on_pixels():
+    w = torch.rand(2, 18)
+    assert not StraightThrough(lambda x: x.flatten(1)@w.round().detach().clamp(0, 1).T).changes(torch.rand(2, 2, 3, 3))
+    assert not StraightThrough(lambda x: x.flatten(1).to(torch.float32)@w.T).changes(torch.rand(2, 2, 3, 3))
+    assert not StraightThrough(lambda x: w[(x*9).long().flatten(1)[:,0]%2]).changes(torch.rand(2, 2, 3, 3))
+
+def test_inside():
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3))
+    x = torch.rand(5, 1, 4, 4, requires_grad=True)
+    small = Then(lambda x, f=nn.AvgPool2d(2): net((f(x)*9).round()/9))        # images of another size go in
+    inside = Inside(small, net)
+    torch.testing.assert_close(inside(x), small(x))
+    grad, = torch.autograd.grad(inside(x)[:,0].sum(), x)
+    assert grad.shape==x.shape and grad.abs().sum()>0
+    same = Inside(Then(lambda x: net((x*9).round()/9)), net)
+    expected, = torch.autograd.grad(net(z := ((x.detach()*9).round()/9).requires_grad_())[:,0].sum(), z)
+    torch.testing.assert_close(torch.autograd.grad(same(x)[:,0].sum(), x)[0], expected)
+    with pytest.raises(RuntimeError, match='no longer called'): Inside(lambda x: x.flatten(1), net)(x)
+
+def test_inner_networks():
+    net,x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)),torch.rand(2, 1, 4, 4)
+    assert inner_networks(net, x)==[] and inner_networks(lambda x: net(x.round()), x)==[net]
+    pixel = PixelModel(net, PixelSpace())
+    assert inner_networks(pixel, x)==[]                                       # it only normalises
+    assert inner_networks(Then(lambda x: pixel(x.round())), x)==[pixel]
+    outer = nn.Sequential(Then(lambda x: x), net)
+    assert inner_networks(Then(outer), x)==[outer, net]
+    assert inner_networks(nn.Sequential(net, nn.Linear(3, 5)), x)==[]         # no logits
+    with pytest.raises(ValueError, match='sigma=0'): Smoothed(net, 0)
+    with pytest.raises(ValueError, match='samples=0'): Smoothed(net, samples=0)
+
+# ---- escalation
+
+def _train(learn, epochs):
+    cb = AdversarialTraining(PGD(.1, steps=3))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 5e-3, cbs=cb)
+
+@pytest.fixture(scope='module')
+def nets():
+    "Networks after standard training, and after adversarial training in float32, 4 bits and 1 bit; and images"
+    set_seed(0)
+    learn = Learner(digits_dls(), cnn8(size=8))
+    x,y = (o.as_subclass(Tensor)[:100] for o in pixels(learn.dls.test))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 5e-3)
+    made = dict(standard=learn.frozen_copy())
+    _train(learn, 6)
+    made['adversarial'] = learn.frozen_copy()
+    for bits in (4, 1):
+        learn.quantize(bits)
+        _train(learn, 2)
+        made[f'{bits} bits'] = learn.frozen_copy()
+    return made,x,y
+
+@pytest.mark.parametrize('name', ['standard', 'adversarial', '4 bits', '1 bits'])
+def test_escalation_of_an_ordinary_network_ends_in_trust(nets, name):
+    made,x,y = nets
+    report = evaluate(made[name], x, y, PGD(.1, steps=5), escalate=True, progress=False)
+    assert report.verdict=='trusted' and report.escalated and not report.broken and not report.left_out, report
+    assert report.robust<=report.robust_after['PGD-5']
+
+class Flipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, grad): return -grad
+
+def _without_grad(x):
+    with torch.no_grad(): return (x*31).round()/31
+
+def _shifted(x): return torch.roll(x, tuple(torch.randint(-1, 2, (2,)).tolist()), (2, 3))
+
+wrappers = dict(
+    rounding=lambda m: nn.Sequential(Then(lambda x: (x*31).round()/31), m),
+    without_grad=lambda m: nn.Sequential(Then(_without_grad), m),
+    temperature=lambda m: nn.Sequential(m, Then(lambda z: z*1e4)),
+    softmax=lambda m: nn.Sequential(m, nn.Softmax(1)),
+    noise=lambda m: nn.Sequential(Then(lambda x: x+.02*torch.randn_like(x)), m),
+    numpy=lambda m: lambda x: torch.from_numpy(m(x).detach().numpy()),
+    detached=lambda m: nn.Sequential(Then(lambda x: x.detach()), m),
+    flipped=lambda m: nn.Sequential(Then(Flipped.apply), m),
+    logits=lambda m: nn.Sequential(m, Then(lambda z: (z*4).round()/4)),
+    shifts=lambda m: nn.Sequential(Then(_shifted), m),
+    shattered=lambda m: nn.Sequential(Then(lambda x: (x+1e-3*torch.sin(1e4*x))), m))
+
+@pytest.fixture(scope='module')
+def truth(nets):
+    "Robust accuracy of what is wrapped"
+    made,x,y = nets
+    return score(made['standard'], AutoAttack(.1), x, y).robust
+
+@pytest.mark.parametrize('name', wrappers)
+def test_what_hides_gradients_is_got_around(nets, truth, name):
+    made,x,y = nets
+    torch.manual_seed(0)
+    first = Square(.1, queries=20) if name in ('numpy', 'detached', 'without_grad') else PGD(.1, steps=5)
+    report = evaluate(wrappers[name](made['standard']), x, y, first, escalate=True, budget=30_000, progress=False)
+    print(name, truth, report, report.seconds)
+    assert report.robust<=truth+.10, report
+    assert report.verdict=='gradient masking' and report.broken, report

@@ -325,6 +325,15 @@ def test_what_a_fast_network_claims_and_the_exact_one_denies_does_not_count(atta
     assert [o!='stands' and o!='wrong' for o in judge.outcomes]==judge.fell.tolist()
     assert judge.robust>=5/14                    # who withstands the exact network's attacks cannot fall
 
+def test_an_attack_goes_on_after_a_claim_that_is_denied():
+    "The fast network says class 1 of all images, its gradients are right: who falls, falls"
+    zeros = [i for i,o in enumerate(toy_outcomes) if o!='wrong' and toy_y[i]==0]
+    hasty = _toy()
+    hasty[1].bias.data[1] = 10
+    for attack in (APGD(.1, steps=10), APGD(.1, steps=10, loss='margin')):
+        judge = score(_toy(), attack, toy_x[zeros], toy_y[zeros], fast=hasty)
+        assert judge.stands.tolist()==[toy_outcomes[i]=='stands' for i in zeros]
+
 class _Swapped(nn.Module):
     "Classes 0 and 1 change places"
     def forward(self, z): return z[:,[1,0,2]]

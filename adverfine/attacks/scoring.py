@@ -92,7 +92,7 @@ def attacked(
         with evaluating(model): logits = logits_of(exact, x_adv, yb)
         yield AttackedBatch(i, xb, x_adv, yb, logits)
 
-# %% ../../nbs/attacks/02_scoring.ipynb #3875f5fe
+# %% ../../nbs/attacks/02_scoring.ipynb #f0cc6fe1
 @dataclass(frozen=True)
 class Run:
     "What came of one attack"
@@ -116,6 +116,7 @@ def right_clean(
         batches = ((xb.to(device or x.device), yb.to(device or y.device)) for xb,yb in zip(x.split(bs), y.split(bs)))
         return torch.cat([(logits_of(model, xb, yb).argmax(1)==yb).to(y.device) for xb,yb in batches])
 
+# %% ../../nbs/attacks/02_scoring.ipynb #102f9c92
 class Judge:
     "What becomes of each image: wrong clean, fooled by an attack, or standing after all of them"
     def __init__(self,
@@ -154,7 +155,7 @@ class Judge:
 
     def __str__(self): return f'clean {self.clean.float().mean():.3f}, robust {self.robust:.3f}'
 
-# %% ../../nbs/attacks/02_scoring.ipynb #d6aa2186
+# %% ../../nbs/attacks/02_scoring.ipynb #7ea7cecf
 @patch
 def run(self:Judge,
     name:str, # For the report; a prime is added if it is taken
@@ -183,6 +184,7 @@ def run(self:Judge,
     self.under_way = None
     return self.runs[-1]
 
+# %% ../../nbs/attacks/02_scoring.ipynb #4c613778
 @patch
 def note(self:Judge, name:str, batch:AttackedBatch):
     "Who fell to the attack `name`, and the eight images in which the wrong class leads by most"

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from ..threat import PixelModel
 
-# %% ../../nbs/attacks/14_surrogates.ipynb #3630fad5
+# %% ../../nbs/attacks/14_surrogates.ipynb #ffa1edab
 _in_one = {getattr(where, name) for where in (torch, Tensor) for name in
            'round floor ceil trunc fix sign sgn clamp clip clamp_min clamp_max'.split() if hasattr(where, name)}
 _in_place = {getattr(Tensor, f'{name}_') for name in
@@ -42,6 +42,7 @@ class _LetThrough(TorchFunctionMode):
         change = out.to(x.dtype)-x.detach()
         return x.add_(change) if func in _in_place else x+change
 
+# %% ../../nbs/attacks/14_surrogates.ipynb #c67536d7
 class StraightThrough(nn.Module):
     "`model`, with the derivative of the identity for what rounds, clips or detaches"
     def __init__(self,

@@ -36,7 +36,7 @@ def distances(
     dual = slopes.flatten(2).norm(p=order, dim=2).T.clamp_min(1e-12)
     return -leads.detach()/dual,leads.detach(),slopes
 
-# %% ../../nbs/attacks/12_triage.ipynb #c0591f51
+# %% ../../nbs/attacks/12_triage.ipynb #fe204436
 class _Climbs:
     "Images, classes to push them to, the best point of each such pair, and how near to the boundary that is"
     def __init__(self, attack, model, x, y):
@@ -69,6 +69,7 @@ class _Climbs:
         self.progress[i,columns] = lead[better]
         self.points[columns,i] = x_adv[better]
 
+# %% ../../nbs/attacks/12_triage.ipynb #47941603
 @patch
 def climb(self:_Climbs, i, columns, start, steps):
     "Push images `i` towards the classes in `columns`; a column -1 means away from the right class"
@@ -119,7 +120,7 @@ def search(self:_Climbs, i, queries, generator):
         if not len(i): return
     self.keep(i, self.progress[i].argmax(1), adv, lead)
 
-# %% ../../nbs/attacks/12_triage.ipynb #8fceb716
+# %% ../../nbs/attacks/12_triage.ipynb #48aad3ab
 @dataclass(frozen=True)
 class Round:
     "One round of `Triage`"
@@ -129,10 +130,11 @@ class Round:
     start:str='on'     # 'on': where the class got to; 'anew': at random; 'away': at random, towards no class; 'search'
     by:str='progress'  # Which classes are promising: those of much 'progress', or those near by the 'gradient'
 
-rounds = (Round(-math.inf, 8, (0, 3), by='gradient'), Round(-.6, 8, (3, 9), by='gradient'), Round(-.5, 15, (0, 2)),
-          Round(-.3, 20, (0, 1), 'away'), Round(-.25, 60, start='search'), Round(-.25, 25, (0, 3), 'anew'),
-          Round(-.15, 50, (0, 3), 'anew'), Round(-.1, 150, start='search'))
+rounds = (Round(-math.inf, 8, (0, 3), by='gradient'), Round(-.9, 8, (3, 9), by='gradient'), Round(-.8, 15, (0, 3)),
+          Round(-.7, 20, (0, 1), 'away'), Round(-.7, 20, (0, 3), 'anew'), Round(-.5, 40, start='search'),
+          Round(-.5, 40, (0, 3), 'anew'), Round(-.4, 80, (0, 2), 'anew'), Round(-.3, 80, start='search'))
 
+# %% ../../nbs/attacks/12_triage.ipynb #65b2645c
 @dataclass(frozen=True)
 class Triage(Attack):
     """Ever longer climbs for ever fewer images; its ideas are those of

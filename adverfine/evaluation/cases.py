@@ -22,7 +22,7 @@ from ..attacks.scoring import Judge
 from ..attacks.adaptive import EOT, Transfer
 from ..attacks.surrogates import inner_networks, Inside, Rescaled, StraightThrough
 
-# %% ../../nbs/evaluation/00_cases.ipynb #2d68247d
+# %% ../../nbs/evaluation/00_cases.ipynb #3456cb1d
 @torch.no_grad()
 def predict(
     model, # A callable from pixels to logits
@@ -37,6 +37,7 @@ def crafts(
     "The attack that makes the images"
     return attack.attack if isinstance(attack, Transfer) else attack
 
+# %% ../../nbs/evaluation/00_cases.ipynb #0ca7916a
 @dataclass
 class Case:
     "An evaluation, as the guards see it"

@@ -17,7 +17,7 @@ from ..attacks.surrogates import Rescaled, Smoothed
 from .cases import Case
 from .guards import inspect
 
-# %% ../../nbs/evaluation/02_escalation.ipynb #0670dcb5
+# %% ../../nbs/evaluation/02_escalation.ipynb #eafe6169
 def _climber(threat):
     "A kind of gradient attack for the budget, and its options for climbing away from the class and towards others"
     if threat.norm in ('linf', 'l2'):
@@ -50,6 +50,7 @@ def _around(case):
     if case.parent is not None: yield Transfer(case.same(kind, **away), Rescaled(case.parent)),None
     if not case.blind: yield case.same(kind, **away),Rescaled(case.climbed)
 
+# %% ../../nbs/evaluation/02_escalation.ipynb #264e7379
 def _blindly(case):
     "Ever longer searches without gradients"
     kind,away,_ = _climber(case.threat)

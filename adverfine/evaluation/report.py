@@ -66,7 +66,7 @@ class RobustnessReport:
 
     def class_name(self, label) -> str: return str(label if self.vocab is None else self.vocab[label])
 
-# %% ../../nbs/evaluation/03_report.ipynb #ab7d2185
+# %% ../../nbs/evaluation/03_report.ipynb #4de10f1e
 @patch(as_prop=True)
 def reasons(self:RobustnessReport) -> tuple:
     "Why not to trust it: what the guards flagged"
@@ -94,6 +94,7 @@ def meaning(self:RobustnessReport) -> str:
     if self.broken: return "broken: the figure is that of attacks which get around it"
     return "not broken: the figure is an upper bound, and may be far too high"
 
+# %% ../../nbs/evaluation/03_report.ipynb #920c6158
 @patch
 def __str__(self:RobustnessReport):
     low,high = self.robust_ci
@@ -176,7 +177,7 @@ def plot(self:RobustnessReport,
         for axs,example in zip(columns, shown): _example_panel(axs, self, example)
     return fig
 
-# %% ../../nbs/evaluation/03_report.ipynb #5ae2fbcc
+# %% ../../nbs/evaluation/03_report.ipynb #251f341c
 def _accuracy_table(report):
     rows = [('clean', report.clean), *((f'after {k}', v) for k,v in report.robust_after.items())]
     cells = []
@@ -195,6 +196,7 @@ def _details(report):
     return (f"<details><summary>{how}</summary>{classes.to_html(index=False, border=0)}"
             f"<ul>{''.join(guards)}</ul></details>")
 
+# %% ../../nbs/evaluation/03_report.ipynb #eb6d62a4
 def png_tag(
     fig, # A matplotlib figure
     alt:str, # What it shows, in words

@@ -81,7 +81,7 @@ def _curve(case, n=128):
         stands,curve[eps] = judge.stands,judge.robust
     return curve
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #e776e28c
+# %% ../../nbs/evaluation/05_robustness.ipynb #a3741231
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
@@ -104,30 +104,32 @@ def evaluate(
 ) -> RobustnessReport:
     "Clean and robust accuracy of `model`: right clean and after everything that was tried"
     start,attacks = time.perf_counter(),_in_order(attacks)
-    x,y = _plain(x, y, [model, parent, fake_quantized, *(getattr(a, 'surrogate', None) for a in attacks)])
+    networks = [model, parent, fake_quantized, *(getattr(a, 'surrogate', None) for a in attacks)]
+    x,y = _plain(x, y, networks)
     if escalate: check_budget(budget, attacks[0].threat)
-    folder = None
-    if state is not None:
-        mine = fingerprint([model, parent, fake_quantized], x, y, attacks=attacks, bs=bs, seed=seed, thorough=thorough,
-                           escalate=escalate, budget=budget)
-        folder = StateFolder(state, mine)
+    settings = dict(attacks=attacks, bs=bs, seed=seed, bf16=bf16, thorough=thorough, escalate=escalate, budget=budget)
+    folder = None if state is None else StateFolder(state, fingerprint(networks, x, y, **settings))
     with _progress_bar(progress) as bar, evaluating(model):
-        def told(judge):
-            bar.set_postfix_str(f'{judge.stands.sum()} of {len(x)} images standing', refresh=False)
-            if folder: folder.keep(judge)
-        judge = Judge(model, x, y, bs, seed, tick=bar.update, after_batch=told)
-        check_alone(model, x[:8].to(judge.device))
-        fast = fastest(model, x[:bs].to(judge.device), bf16)
-        if fast.network is not model: judge.fast = fast
-        if folder: folder.resume(judge)
+        judge = _judge(model, x, y, bs, seed, bf16, bar, folder)
         case = Case(judge, tuple(p for a in attacks for p in a.parts), parent, fake_quantized, thorough)
         asked = _run(case, attacks, bar)
-        broken,left_out = False,()
-        if escalate and len(case.x): findings,broken,left_out = go_on(case, budget)
-        else: findings = inspect(case)
+        found = go_on(case, budget) if escalate and len(case.x) else (inspect(case), False, ())
         curve = _curve(case) if len(case.x) and not case.blind else {}
-    return _report(case, attacks, asked, findings, curve, escalated=escalate, broken=broken, left_out=left_out,
-                   data=data, split=split, vocab=vocab and tuple(vocab), seconds=time.perf_counter()-start)
+    return _report(case, attacks, asked, *found, curve=curve, escalated=escalate, data=data, split=split,
+                   vocab=vocab and tuple(vocab), seconds=time.perf_counter()-start)
+
+# %% ../../nbs/evaluation/05_robustness.ipynb #9a80e31f
+def _judge(model, x, y, bs, seed, bf16, bar, folder):
+    "The judge of an evaluation, who knows what its folder knows"
+    def told(judge):
+        bar.set_postfix_str(f'{judge.stands.sum()} of {len(x)} images standing', refresh=False)
+        if folder: folder.keep(judge)
+    judge = Judge(model, x, y, bs, seed, tick=bar.update, after_batch=told)
+    check_alone(model, x[:8].to(judge.device))
+    fast = fastest(model, x[:bs].to(judge.device), bf16)
+    if fast.network is not model: judge.fast = fast
+    if folder: folder.resume(judge)
+    return judge
 
 def _run(case, attacks, bar):
     "Let the attacks that were asked for run; under which names"
@@ -143,8 +145,7 @@ def _progress_bar(progress):
     shape = '{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}'
     return tqdm(total=1, leave=False, delay=3, disable=not progress, bar_format=shape)
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #f7ad04f9
-def _report(case, attacks, asked, findings, curve, **kwargs):
+def _report(case, attacks, asked, findings, broken, left_out, **kwargs):
     judge = case.judge
     after = {o.name: o.robust for o in judge.runs if o.fell or o.name in asked}
     examples = tuple((judge.x[i].cpu(), x_adv, judge.y[i].item(), predicted, judge.outcomes[i])
@@ -153,7 +154,7 @@ def _report(case, attacks, asked, findings, curve, **kwargs):
         judge.clean.sum().item()/len(judge.x), judge.robust, len(judge.x), case.threat, attacks, after,
         {o.name: o.seconds for o in judge.runs}, {o.name: o.passes for o in judge.runs}, findings=findings,
         crafted=getattr(judge.fast, 'name', 'as it is'), labels=tuple(judge.y.tolist()),
-        outcomes=tuple(judge.outcomes), curve=curve, examples=examples, **kwargs)
+        outcomes=tuple(judge.outcomes), examples=examples, broken=broken, left_out=left_out, **kwargs)
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #5434788a
 @patch

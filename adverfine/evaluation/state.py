@@ -18,8 +18,8 @@ from .. import __version__
 from ..files import write_atomic
 from ..attacks.scoring import Judge
 
-# %% ../../nbs/evaluation/04_state.ipynb #44863e11
-def _checksum(tensors):
+# %% ../../nbs/evaluation/04_state.ipynb #8a31b211
+def _checksum_of(tensors):
     "Of the bytes of all `tensors`, in their order"
     total = 0
     for t in tensors: total = zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), total)
@@ -34,7 +34,7 @@ def fingerprint(
     "What makes an evaluation this one"
     entries = [o for m in networks if isinstance(m, nn.Module) for o in m.state_dict().values()]
     weights = [o for o in entries if isinstance(o, Tensor)]
-    return dict(images=_checksum([x, y]), weights=_checksum(weights), version=__version__,
+    return dict(images=_checksum_of([x, y]), weights=_checksum_of(weights), version=__version__,
                 **{k: repr(v) for k,v in settings.items()})
 
 # %% ../../nbs/evaluation/04_state.ipynb #25683ac6

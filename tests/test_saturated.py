@@ -86,12 +86,13 @@ def test_the_norm_of_the_hessian(beta):
 
 @pytest.mark.parametrize('scaling', ['njs', 'hns'])
 @pytest.mark.parametrize('classes', [2, 4])
-def test_the_steps_are_those_of_apgd_on_scaled_logits(scaling, classes):
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_the_steps_are_those_of_apgd_on_scaled_logits(scaling, classes, norm):
     "The attack once more, with the temperatures by hand; the budget is too small for any image to fall"
     net,x = _pieces(100., classes),_images()
     y,eps = net(x).argmax(1),1e-3
-    found = PGDPlusPlus(eps, steps=9, scaling=scaling)(net, x, y, _seed(3))
-    start = APGD(eps).start(x, _seed(3))
+    found = PGDPlusPlus(eps, steps=3, scaling=scaling, norm=norm)(net, x, y, _seed(3))
+    start = APGD(eps, norm=norm).start(x, _seed(3))
     assert torch.equal(net(start).argmax(1), y) and torch.equal(net(found).argmax(1), y)
     jac = jacobian(net, start).double()
     if scaling=='njs': first = jacobian_temperature(jac).expand(6)
@@ -99,7 +100,7 @@ def test_the_steps_are_those_of_apgd_on_scaled_logits(scaling, classes):
     def tempered(o):
         out = first.double()[:,None]*net(o)
         return out if scaling=='hns' else out*unsure_temperature(out.detach(), y)[:,None]
-    by_hand = APGD(eps, steps=9, loss='pma')(tempered, x, y, _seed(3))
+    by_hand = APGD(eps, steps=3, loss='pma', norm=norm)(tempered, x, y, _seed(3))
     torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-7)
 
 def test_the_loss_is_the_margin_of_tempered_probabilities():

@@ -139,7 +139,7 @@ def cross_entropy(
     "Loss of each image"
     return F.cross_entropy(out, y, reduction='none')
 
-# %% ../../nbs/attacks/00_attack.ipynb #0a71a17a
+# %% ../../nbs/attacks/00_attack.ipynb #54a814c1
 def check_gradients(
     out:Tensor, # Logits of images that require a gradient
 ):
@@ -148,6 +148,7 @@ def check_gradients(
         raise ValueError("the model gives no gradients (it runs outside of PyTorch, or detaches): attack it with "
                          "Square(eps), or with Transfer(attack, surrogate), which crafts on a differentiable network")
 
+# %% ../../nbs/attacks/00_attack.ipynb #35c0fcda
 def value_and_grad(
     model, # A callable from pixels to logits
     x:Tensor, # Images (N,C,H,W)

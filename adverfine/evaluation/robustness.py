@@ -65,8 +65,8 @@ def check_alone(
         raise ValueError("what the network says of an image depends on the others in its batch: a BatchNorm in it is "
                          "in train mode, where clean and adversarial images mix: call .eval() on the network inside")
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #794a8ad4
-def _curve(case, n=128):
+# %% ../../nbs/evaluation/05_robustness.ipynb #a1754f39
+def _sketch(case, n=128):
     "Accuracy against eps under PGD-10, on the first `n` images"
     whole = case.judge
     x,y = (o[:n].to(whole.device) for o in (whole.x, whole.y))
@@ -81,7 +81,7 @@ def _curve(case, n=128):
         stands,curve[eps] = judge.stands,judge.robust
     return curve
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #a3741231
+# %% ../../nbs/evaluation/05_robustness.ipynb #8adb8730
 @torch.no_grad()
 def evaluate(
     model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
@@ -114,7 +114,7 @@ def evaluate(
         case = Case(judge, tuple(p for a in attacks for p in a.parts), parent, fake_quantized, thorough)
         asked = _run(case, attacks, bar)
         found = go_on(case, budget) if escalate and len(case.x) else (inspect(case), False, ())
-        curve = _curve(case) if len(case.x) and not case.blind else {}
+        curve = _sketch(case) if len(case.x) and not case.blind else {}
     return _report(case, attacks, asked, *found, curve=curve, escalated=escalate, data=data, split=split,
                    vocab=vocab and tuple(vocab), seconds=time.perf_counter()-start)
 

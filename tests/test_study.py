@@ -205,7 +205,8 @@ def test_what_a_row_says_of_a_report():
     row = judged(_report())
     assert (row['robust'], row['passes'], row['verdict'], row['reasons'])==(.4, 41., 'trusted', '')
     assert judged(_report(), after='PGD-20')['robust']==.5       # the figure of the attack alone, for the paper's
-    assert (row['robust_low'], row['robust_high'])==interval(.4, 100)
+    low,high = interval(.4, 100)
+    assert (row['robust_low'], row['robust_high'], row['robust_ci'])==pytest.approx((low, high, (high-low)/2))
     assert Study('cifar10', paper=True, bf16=False).escalate is False and Study('digits').escalate is True
     assert Study('cifar10', paper=True, bf16=False, escalate=True).escalate is True
 
@@ -227,6 +228,11 @@ def test_intervals_in_table_and_figure_lean_as_wilsons_do():
     low,high = (100*o for o in interval(.98, 100))
     assert accuracy_table(one).standard[0].startswith(f'98.0 [{low:.1f}, {high:.1f}] / 2.0 [')
     assert accuracy_table(two).standard[0].startswith('96.0 [') and accuracy_table(two).standard[0].count('±25.4')==2
+    for verdict,broken,bound in (('trusted', False, 0), ('not converged', True, 1), ('gradient masking', False, 1),
+                                 ('gradient masking', True, 0), ('gradient masking', None, 1)):
+        assert accuracy_table(two.assign(verdict=verdict, broken=broken)).standard[0].count('≤')==bound
+    mixed = two.assign(verdict=['trusted', 'not converged'])
+    assert '/ ≤4.0 [' in accuracy_table(mixed).standard[0]
     for df in (one, two):
         bars = [o for c in plot_study(df).axes[0].containers for o in c.lines[2]]
         clean = bars[0].get_segments()[0][:,1]

@@ -225,14 +225,14 @@ def test_compress_keeps_the_normalisation(tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 5e-3)
     learn.save_compressed(tmp_path/'net')
     report = compress(tmp_path/'net', tmp_path/'small', digits_dls, bits=8, epochs=0, eps=.05, adversarial=False,
-                      progress=False)
+                      progress=False, escalate=False)
     small,whole = compressed_info(tmp_path/'small'),compressed_info(tmp_path/'net')
     assert small['normalize']==whole['normalize']!=[] and small['report']['clean']==report.clean
     x,y = pixels(learn.dls.test)
     assert ((load_compressed(tmp_path/'small')(x).argmax(1)==y).float().mean()-report.clean).abs()<1e-6
     assert 'normalises them itself' in (tmp_path/'small'/'README.md').read_text()
     again = compress(tmp_path/'net', tmp_path/'both', digits_dls, prune=.5, bits=(4, 8), epochs=1, eps=.05,
-                     progress=False)
+                     progress=False, escalate=False)
     assert load_compressed(tmp_path/'both')(x).shape==(500, 10) and again.n==500
 
 # --- what agreement means

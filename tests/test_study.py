@@ -1,7 +1,6 @@
 "A study that is killed, interrupted, extended or misused"
-import json, os, signal, subprocess, sys, time, warnings
+import json, math, os, signal, subprocess, sys, time, warnings
 import pandas as pd, pytest, torch
-from scipy.stats import t as student
 from safetensors.torch import load_file
 from adverfine.threat import ThreatModel
 from adverfine.networks.zoo import cnn8
@@ -206,15 +205,19 @@ def test_what_a_row_says_of_a_report():
     row = judged(_report())
     assert (row['robust'], row['passes'], row['verdict'], row['reasons'])==(.4, 41., 'trusted', '')
     assert judged(_report(), after='PGD-20')['robust']==.5       # the figure of the attack alone, for the paper's
-    assert (row['robust_low'], row['robust_high'])==interval(.4, 100)
+    low,high = interval(.4, 100)
+    assert (row['robust_low'], row['robust_high'], row['robust_ci'])==pytest.approx((low, high, (high-low)/2))
     assert Study('cifar10', paper=True, bf16=False).escalate is False and Study('digits').escalate is True
     assert Study('cifar10', paper=True, bf16=False, escalate=True).escalate is True
 
 @pytest.mark.parametrize('k', [2, 3, 5, 11, 12, 30, 200])
 def test_the_interval_over_seeds_is_students(k):
     values = torch.rand(k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact = student.ppf(.975, k-1)*values.std().item()/k**.5
-    assert seeds_half_width(values.tolist())==pytest.approx(exact, rel=2e-3)
+    t,free = seeds_half_width(values.tolist())*k**.5/values.std().item(),k-1
+    x = torch.linspace(0, t, 200_001, dtype=torch.float64)
+    scale = math.exp(math.lgamma((free+1)/2)-math.lgamma(free/2))/(free*math.pi)**.5
+    within = 2*torch.trapezoid(scale*(1+x**2/free)**(-(free+1)/2), x).item()
+    assert within==pytest.approx(.95, abs=2e-4)
     assert pd.isna(seeds_half_width([.5]))
 
 def test_intervals_in_table_and_figure_lean_as_wilsons_do():
@@ -225,6 +228,11 @@ def test_intervals_in_table_and_figure_lean_as_wilsons_do():
     low,high = (100*o for o in interval(.98, 100))
     assert accuracy_table(one).standard[0].startswith(f'98.0 [{low:.1f}, {high:.1f}] / 2.0 [')
     assert accuracy_table(two).standard[0].startswith('96.0 [') and accuracy_table(two).standard[0].count('±25.4')==2
+    for verdict,broken,bound in (('trusted', False, 0), ('not converged', True, 1), ('gradient masking', False, 1),
+                                 ('gradient masking', True, 0), ('gradient masking', None, 1)):
+        assert accuracy_table(two.assign(verdict=verdict, broken=broken)).standard[0].count('≤')==bound
+    mixed = two.assign(verdict=['trusted', 'not converged'])
+    assert '/ ≤4.0 [' in accuracy_table(mixed).standard[0]
     for df in (one, two):
         bars = [o for c in plot_study(df).axes[0].containers for o in c.lines[2]]
         clean = bars[0].get_segments()[0][:,1]

@@ -36,7 +36,7 @@ def distances(
     dual = slopes.flatten(2).norm(p=order, dim=2).T.clamp_min(1e-12)
     return -leads.detach()/dual,leads.detach(),slopes
 
-# %% ../../nbs/attacks/12_triage.ipynb #fe204436
+# %% ../../nbs/attacks/12_triage.ipynb #a6421b8f
 class _Climbs:
     "Images, classes to push them to, the best point of each such pair, and how near to the boundary that is"
     def __init__(self, attack, model, x, y):
@@ -53,6 +53,12 @@ class _Climbs:
 
     @property
     def hope(self) -> Tensor: return self.progress.amax(1)
+
+    def fall_in(self, work, *args) -> int:
+        "How many images fall while `work` is done"
+        before = self.up.sum().item()
+        work(*args)
+        return before-self.up.sum().item()
 
     def fell(self, i, x_adv, out):
         "Note which images `i` are fooled by their `x_adv`, for which the network that is climbed says `out`"
@@ -93,7 +99,7 @@ def climb(self:_Climbs, i, columns, start, steps):
         size = self.attack.eps*(1+math.cos(math.pi*k/steps))
         adv = threat.project(adv + size*threat.steepest(slope), self.x[i])
 
-# %% ../../nbs/attacks/12_triage.ipynb #b22452dc
+# %% ../../nbs/attacks/12_triage.ipynb #6b0be020
 @patch
 @torch.no_grad()
 def search(self:_Climbs, i, queries, generator):
@@ -104,7 +110,7 @@ def search(self:_Climbs, i, queries, generator):
     adv,lead = self.points[column,i],self.progress[i].amax(1)
     kw = dict(generator=generator, device=adv.device)
     for k in range(queries):
-        side = max(round((.1/2**(4*k/queries)*h*w)**.5), 1)
+        side = max(round((.1/2**(4*k/queries)*h*w)**.5), 1)     # from a tenth of the image down to a pixel or so
         top,left = (int(torch.rand((), **kw)*(o-side+1)) for o in (h, w))
         new = adv.clone()
         square = torch.randint(2, (len(new), c, 1, 1), **kw)*2.-1
@@ -120,51 +126,55 @@ def search(self:_Climbs, i, queries, generator):
         if not len(i): return
     self.keep(i, self.progress[i].argmax(1), adv, lead)
 
-# %% ../../nbs/attacks/12_triage.ipynb #48aad3ab
+# %% ../../nbs/attacks/12_triage.ipynb #8c7b9299
 @dataclass(frozen=True)
 class Round:
     "One round of `Triage`"
     above:float        # For images whose progress is above this
-    steps:int          # Of each climb, or queries of a search
-    ranks:tuple=(0, 1) # Which classes, counted from the most promising: from, to
-    start:str='on'     # 'on': where the class got to; 'anew': at random; 'away': at random, towards no class; 'search'
+    steps:int          # Of each climb
+    ranks:tuple        # Which classes, counted from the most promising: from, to
+    start:str='on'     # 'on': where the class got to; 'anew': at random; 'away': at random, towards no class
     by:str='progress'  # Which classes are promising: those of much 'progress', or those near by the 'gradient'
 
 rounds = (Round(-math.inf, 8, (0, 3), by='gradient'), Round(-.9, 8, (3, 9), by='gradient'), Round(-.8, 15, (0, 3)),
-          Round(-.7, 20, (0, 1), 'away'), Round(-.7, 20, (0, 3), 'anew'), Round(-.5, 40, start='search'),
-          Round(-.5, 40, (0, 3), 'anew'), Round(-.4, 80, (0, 2), 'anew'), Round(-.3, 80, start='search'))
+          Round(-.7, 20, (0, 1), 'away'), Round(-.7, 20, (0, 3), 'anew'), Round(-.5, 40, (0, 3), 'anew'),
+          Round(-.4, 80, (0, 2), 'anew'))
 
-# %% ../../nbs/attacks/12_triage.ipynb #65b2645c
+@patch
+def carry_out(self:_Climbs, o:Round, generator):
+    "Climb all pairs of the round, a batch of them at a time"
+    i = (self.up & (self.hope>=o.above)).nonzero()[:,0]
+    by_promise = self.nearest if o.by=='gradient' else self.progress.argsort(1, descending=True)
+    ranks = torch.arange(o.ranks[0], min(o.ranks[1], by_promise.shape[1]), device=i.device)
+    if not len(i) or not len(ranks): return
+    n = len(self.x)
+    for images,rank in zip(i.repeat(len(ranks)).split(n), ranks.repeat_interleave(len(i)).split(n)):
+        columns = by_promise[images,rank]
+        start = self.points[columns,images]
+        if o.start!='on': start = self.attack.threat.random_start(self.x[images], generator)
+        self.climb(images, columns*0-1 if o.start=='away' else columns, start, o.steps)
+
+# %% ../../nbs/attacks/12_triage.ipynb #0086e7f9
 @dataclass(frozen=True)
 class Triage(Attack):
     """Ever longer climbs for ever fewer images; its ideas are those of
     [arXiv 2203.05154](https://arxiv.org/abs/2203.05154) and [arXiv 2407.02240](https://arxiv.org/abs/2407.02240)"""
     norms = 'linf','l2'
-    rounds:tuple = rounds   # Of `Round`
+    queries = 50,100,200,400    # Of the search, which ends where it finds nothing
 
     @property
     def passes(self):
         "If an image is hopeful to the end"
-        climbs = sum((2*o.steps+1)*(o.ranks[1]-o.ranks[0]) for o in self.rounds if o.start!='search')
-        return 11+climbs+sum(o.steps for o in self.rounds if o.start=='search')
+        return 11 + sum((2*o.steps+1)*(o.ranks[1]-o.ranks[0]) for o in rounds) + sum(self.queries)
 
     def craft(self, model, x, y, generator):
-        climbs = _Climbs(self, model, x, y)
-        for o in self.rounds: self._carry_out(o, climbs, generator)
+        climbs,found = _Climbs(self, model, x, y),[]
+        for o in rounds:
+            if found[-2:]==[0, 0]: break
+            found.append(climbs.fall_in(climbs.carry_out, o, generator))
+        for k,queries in enumerate(self.queries):
+            hopeful = climbs.up & (climbs.hope>(-.7 if k==0 else -torch.inf))
+            if not climbs.fall_in(climbs.search, hopeful.nonzero()[:,0], queries, generator): break
         everyone = torch.arange(len(x), device=x.device)
         best = climbs.points[climbs.progress.argmax(1),everyone]
         return torch.where(climbs.up.view(-1, 1, 1, 1), best, climbs.out)
-
-    def _carry_out(self, o, climbs, generator):
-        i = (climbs.up & (climbs.hope>=o.above)).nonzero()[:,0]
-        if o.start=='search': return climbs.search(i, o.steps, generator)
-        by_promise = climbs.nearest if o.by=='gradient' else climbs.progress.argsort(1, descending=True)
-        ranks = range(o.ranks[0], min(o.ranks[1], by_promise.shape[1]))
-        for images,rank in zip(i.repeat(len(ranks)).split(len(climbs.x)), _each(ranks, i).split(len(climbs.x))):
-            columns = by_promise[images,rank]
-            if o.start=='on': start = climbs.points[columns,images]
-            else: start = self.threat.random_start(climbs.x[images], generator)
-            climbs.climb(images, columns*0-1 if o.start=='away' else columns, start, o.steps)
-def _each(ranks, i):
-    "Each of `ranks` once for every one of `i`, in one tensor"
-    return torch.tensor(list(ranks), dtype=torch.long, device=i.device).repeat_interleave(len(i))

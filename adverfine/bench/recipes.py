@@ -40,13 +40,13 @@ from ..training.perturbation import AWP
 from ..training.warmup import EpsilonWarmup
 from .training import Clock, race_eps, race_steps
 
-# %% ../../nbs/bench/04_recipes.ipynb #9a30e328
+# %% ../../nbs/bench/04_recipes.ipynb #186c0b38
 def _cnn8_for(dls): return cnn8(size=dls.valid.dataset.x.shape[-1])
 
 def _on_test_images(dls, model, progress=True):
     "Clean and robust accuracy under PGD-20"
     report = evaluate(model.eval(), *pixels(dls.test), PGD(race_eps, steps=20), seed=0, progress=progress)
-    return dict(clean=report.clean, robust=report.robust)
+    return dict(clean=report.clean, robust=report.robust_after['PGD-20'])  # guards may have found more
 
 def precision_check(
     seeds=(0,1,2), # A pair of trainings each
@@ -188,7 +188,7 @@ class _Heats:
         cbs = [*_recipes[recipe](self.attack, self.teacher), *_fast_here(), *cbs]
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=cbs)
 
-# %% ../../nbs/bench/04_recipes.ipynb #448763ef
+# %% ../../nbs/bench/04_recipes.ipynb #27c120f2
 def _seconds_of_step(heats, recipe, network):
     def measure():
         clock = Clock()
@@ -213,8 +213,8 @@ def _judged(heats, model):
     report = evaluate(model.eval(), x, y, [pgd20, pgd50], seed=heats.seed, progress=False)
     few = x[:heats.n],y[:heats.n]
     auto = evaluate(model, *few, [pgd20, AutoAttack(race_eps)], seed=heats.seed, progress=False)
-    after20,after50 = report.robust_after.values()
-    return dict(clean=report.clean, pgd20=after20, pgd50=after50, autoattack=auto.robust)
+    pgd = {f'pgd{n}': report.robust_after[f'PGD-{n}'] for n in (20, 50)}
+    return dict(clean=report.clean, **pgd, autoattack=auto.robust_after['AutoAttack: Square'])
 
 def _row_of(heats, recipe, network):
     def measure():

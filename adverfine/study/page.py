@@ -17,7 +17,7 @@ from .study import Study
 from .protocol import versions
 from .tables import accuracy_table, plot_study
 
-# %% ../../nbs/study/03_page.ipynb #8856b803
+# %% ../../nbs/study/03_page.ipynb #20cbd3fd
 def _adversary(attack):
     start = "from a random point of that ball" if attack.random_start else "from the clean image"
     step = attack.step_size if attack.step_size is not None else 2.5*attack.eps/attack.steps
@@ -42,6 +42,7 @@ _verdicts = (
     "found, the figure is theirs, and otherwise it is an upper bound that may be far too high. "
     "A ≤ marks the upper bounds. ")
 
+# %% ../../nbs/study/03_page.ipynb #7c72e914
 def in_words(
     study:Study,
 ) -> str: # A paragraph

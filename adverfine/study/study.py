@@ -35,7 +35,7 @@ from ..training.adversarial import AdversarialTraining
 from .protocol import (Cell, check_protocol, completed, defaults, evaluation_passes, judged,
                                       may_differ, row_columns, study_networks, training_passes, versions)
 
-# %% ../../nbs/study/01_study.ipynb #ec241a6f
+# %% ../../nbs/study/01_study.ipynb #ffa673fc
 @dataclass
 class Study:
     "The grid of cells, the protocol that measures one, and the folder of the results"
@@ -63,12 +63,11 @@ class Study:
     escalate:bool=None           # Go on with stronger attacks until none finds more? Default: yes, with `paper` no
 
     def __post_init__(self):
-        given = defaults(self.data, self.paper)
+        given = defaults(self.data, self.paper) | dict(escalate=not self.paper)
         if self.paper and self.eps is not None:
             raise ValueError(f"eps={self.eps} contradicts paper=True, which fixes eps={given['eps']:.4g} in pixels: "
                              "leave one of them out")
         if self.bf16 is None and 'bf16' not in given: self.bf16 = bf16_is_fast()
-        if self.escalate is None: self.escalate = not self.paper
         for name,value in given.items():
             if getattr(self, name) is None: setattr(self, name, value)
         self.out = Path(self.out or f'studies/{self.data}')

@@ -61,11 +61,11 @@ def accuracy_table(
     for k in ('macs', 'bytes'): table[k] = table[k].map('{:,}'.format)
     return table.fillna('').rename(columns=_tunings | dict(macs='MACs'))
 
-# %% ../../nbs/study/02_tables.ipynb #e91b0c48
+# %% ../../nbs/study/02_tables.ipynb #6cefb0b9
 _colours = dict(standard='#4477aa', adversarial='#cc6644')
 _labels = dict(prune='share of channels removed', quantize='bits of weights and activations', none='not compressed')
 
-def _curve(df, what):
+def _points(df, what):
     "For each level the mean over seeds, how far the interval of the images reaches, and half of that of the seeds"
     rows = df.groupby('level')
     middle = rows[what].mean()
@@ -83,7 +83,7 @@ def _panel(ax, df, kind):
     places = dict(zip(levels, at))
     for tuning,colour in _colours.items():
         for what,style,fill in (('clean', '-', colour), ('robust', '--', 'white')):
-            curve = _curve(df[df.fine_tuning==tuning], what).reindex(levels).dropna(subset='middle')
+            curve = _points(df[df.fine_tuning==tuning], what).reindex(levels).dropna(subset='middle')
             if not len(curve): continue
             x = [places[o] for o in curve.index]
             beside = [o + .012*max(*places.values(), 1) for o in x]

@@ -190,6 +190,7 @@ def _add_export(commands):
 # %% ../nbs/02_cli.ipynb #fa10cd15
 _benches = dict(
     data='one pass over the 60,000 Fashion-MNIST images', evaluation='AutoAttack against torchattacks (half an hour)',
+    adaptive='the adaptive AutoAttack against the standard one on twelve networks (hours)',
     inference='dense, pruned and int8 networks in every engine that is installed (minutes)',
     training='a step of adversarial training against other libraries (minutes)',
     precision='robust accuracy after training in bfloat16 and in float32 (ten minutes)',
@@ -198,13 +199,16 @@ _benches = dict(
 
 def _measured(what, args):
     "The result of the benchmark `what`: name to value, `parts` a list of rows"
-    from adverfine.bench import data, evaluation, inference, recipes, training
+    from adverfine.bench import adaptive, data, evaluation, inference, recipes, training
     if what=='data': return data.data_pass(args.path)
     if what=='evaluation': return evaluation.autoattack_race(args.n or 1000, args.path)
     if what=='inference': return inference.inference_race()
     if what=='training': return training.training_race(args.rounds)
     if what=='precision': return recipes.precision_check(path=args.path)
     out = args.out or f'studies/{what}'
+    if what=='adaptive':
+        table = adaptive.adaptive_race(out, args.n or 1000, fashion_mnist=args.path, cifar10=args.cifar10)
+        return dict(parts=table.to_dict('records'))
     if what=='bits': return recipes.bits_check(out, seed=args.seed, path=args.path)
     table = recipes.recipe_race(out, args.seconds, args.seed, n=args.n or 200, path=args.path)
     return dict(parts=table.to_dict('records'))
@@ -227,7 +231,8 @@ def _add_bench(commands):
     add('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
     add('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
     add('--seed', type=int, default=0, help='of recipes and bits')
-    add('--out', help='folder for the results of recipes and bits, which go on from there; default: studies/NAME')
+    add('--cifar10', help='folder of CIFAR-10, for adaptive')
+    add('--out', help='folder for results of adaptive, recipes and bits, which go on from there; default: studies/NAME')
     add('--path', help='folder of the data set')
     add('--json', action='store_true', help='print JSON')
 

@@ -207,10 +207,8 @@ class PixelSpace:
         if not (lo>=-_rounding and hi<=1+_rounding): check_images(x)
         return x.clamp(0, 1)
 
-    def from_pixels(self,
-        x:Tensor, # Images in [0,1]
-    ) -> Tensor: # What the network expects
-        "Apply the normalisation"
+    def from_pixels(self, x:Tensor) -> Tensor:
+        "Apply the normalisation to images in [0,1]: what the network expects"
         for o in self.normalizations: x = (x-_like(o.mean, x))/_like(o.std, x)
         return x
 

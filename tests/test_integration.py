@@ -18,6 +18,7 @@ from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.compression.pruning import StructuredPruning
+from adverfine.attacks.scoring import score
 from adverfine.evaluation.robustness import evaluate
 from adverfine.evaluation.metric import RobustAccuracy
 from adverfine.training.acceleration import BF16
@@ -221,7 +222,7 @@ def _rank(rank, path):
     still = PGD(.1, steps=3, random_start=False)
     learn.metrics = RobustAccuracy(still)
     with learn.no_bar(): share = learn.validate()[1]
-    mine = evaluate(net, *pixels(dls.valid), still, bf16=False, progress=False).robust
+    mine = score(net, still, *pixels(dls.valid)).robust
     assert abs(share-torch.stack(both(mine)).mean().item()) < 1e-6
 
 @pytest.mark.skipif(not dist.is_available(), reason='torch without distributed')

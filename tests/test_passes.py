@@ -47,8 +47,10 @@ def test_the_whole_autoattack():
     assert _spent(AutoAttack(.1, version='fast'))==AutoAttack(.1, version='fast').passes==83+1+501+1
 
 def test_where_less_is_paid():
-    few = AutoAttack(.1, version='adaptive')        # nine targets, and a network of ten classes has them
-    assert _spent(few, classes=10)==few.passes and _spent(few, classes=4)<few.passes
+    aimed = APGD(.1, steps=3, loss='dlr', targets=9)    # a network of ten classes has nine others
+    assert _spent(aimed, classes=10)==aimed.passes and _spent(aimed, classes=4)<aimed.passes
+    adaptive = AutoAttack(.1, version='adaptive')       # where nothing falls, hope is soon gone
+    assert 0<_spent(adaptive, classes=10)<adaptive.passes/8
     apgd = EOT(APGD(.1, steps=2), samples=4)        # the network is asked once, not four times, who fell
     assert apgd.passes-_spent(apgd)==3
     assert _spent(Transfer(PGD(.1), Sure()))==0     # whatever is asked is another network

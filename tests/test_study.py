@@ -175,7 +175,7 @@ def test_a_folder_of_an_older_version_goes_on(tmp_path):
     old,new = (df[df.compression==o].iloc[0] for o in ('none', 'prune'))
     same = ['clean', 'robust', 'clean_low', 'robust_low', 'robust_high', 'clean_ci', 'split']
     assert old[same].tolist()==now.iloc[0][same].tolist() and pd.isna(old.passes) and pd.isna(old.reasons)
-    assert old.version=='unknown' and not old.broken and new.passes>2*now.passes[1] and new.robust<=now.robust[1]
+    assert old.version=='unknown' and not old.broken and new.passes>1.5*now.passes[1] and new.robust<=now.robust[1]
     for k in write_report(study): assert (tmp_path/k).stat().st_size
     shown = accuracy_table(df)['not fine-tuned']
     assert '≤' in shown[0] and f'[{old.clean_low*100:.1f}, {old.clean_high*100:.1f}] /' in shown[0]

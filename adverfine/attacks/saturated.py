@@ -97,7 +97,7 @@ class PGDPlusPlus(Attack):
     @property
     def name(self): return 'PGD++'
     @property
-    def passes(self): return 1+(2*(self.steps+1)+4)*self.restarts
+    def passes(self): return 1+(2*(self.steps+1)+(4 if self.scaling=='hns' else 3))*self.restarts
 
     def craft(self, model, x, y, generator):
         with torch.no_grad(): out = logits_of(model, x, y)

@@ -7,6 +7,7 @@ from adverfine.threat import PixelModel, PixelSpace, ThreatModel
 from adverfine.networks.zoo import cnn8
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
+from adverfine.attacks.triage import Triage
 from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.square import Square
 from adverfine.attacks.autoattack import AutoAttack
@@ -56,12 +57,12 @@ def _facts(report):
     return (report.outcomes, report.robust_after, report.passes, report.findings, report.verdict, report.meaning,
             report.curve, examples)
 
-@pytest.mark.parametrize('kw', [dict(), dict(escalate=True, budget=1300), dict(thorough=True)],
+@pytest.mark.parametrize('kw', [dict(), dict(escalate=True, budget=2000), dict(thorough=True)],
                          ids=['plain', 'escalate', 'thorough'])
 def test_what_is_interrupted_again_and_again_comes_to_the_same(toy, tmp_path, kw):
     whole = _evaluate(toy, **kw)
     n = len(calls)
-    if kw.get('escalate'): assert whole.left_out and len(whole.robust_after)>3
+    if kw.get('escalate'): assert 'AutoAttack-adaptive' in whole.passes
     for share in (.05, .3, .8):
         with pytest.raises(KeyboardInterrupt): _evaluate(toy, stop=max(round(n*share/4), 25), state=tmp_path/'a', **kw)
     assert _facts(_evaluate(toy, state=tmp_path/'a', **kw))==_facts(whole)
@@ -71,7 +72,8 @@ def test_what_is_interrupted_again_and_again_comes_to_the_same(toy, tmp_path, kw
     for share in (.15, .5, .9):                          # each time from the start; what is done is not done again
         with pytest.raises(KeyboardInterrupt): _evaluate(toy, stop=round(n*share), state=tmp_path/f'{share}', **kw)
         report = _evaluate(toy, state=tmp_path/f'{share}', **kw)
-        assert len(calls)<=(1.15-share)*n+looks and _facts(report)==_facts(whole)
+        again = 2000 if kw.get('thorough') else 0        # queries of Square, of a batch that was not finished
+        assert len(calls)<=(1.15-share)*n+looks+again and _facts(report)==_facts(whole)
 
 @pytest.mark.parametrize('what,differs', [('images', 'images'), ('labels', 'images'), ('weights', 'weights'),
     ('attacks', 'attacks'), ('seed', 'seed'), ('escalate', 'escalate'), ('thorough', 'thorough'), ('bs', 'bs')])
@@ -102,7 +104,7 @@ def test_a_damaged_state_and_a_file_for_a_folder(toy, tmp_path):
 
 # ---- what is refused before it begins
 
-@pytest.mark.parametrize('norm,passes', [('linf', 3*41+2), ('l2', 3*41+2), ('l1', 300), ('l0', 300)])
+@pytest.mark.parametrize('norm,passes', [('linf', Triage(1).passes), ('l2', Triage(1).passes), ('l1', 200), ('l0', 200)])
 def test_a_budget_that_pays_for_nothing(toy, norm, passes):
     check_budget(passes, ThreatModel(1, norm))
     with pytest.raises(ValueError, match=f'budget={passes-1} passes.*which may take {passes}: give more, or esc'):

@@ -174,7 +174,7 @@ class Finding:
 @dataclass(frozen=True)
 class Guard:
     "A check with its threshold and where that comes from"
-    measure:object        # Takes a `Case`, returns a number, a sentence and perhaps what one image is worth; or None
+    measure:object        # Takes a `Case`; returns None, or a number, a sentence, perhaps an image's worth and a sign
     limit:float           # What the number should not exceed
     source:str            # Where the limit comes from
     sign_of:str           # 'masking' or 'weakness'
@@ -187,9 +187,10 @@ class Guard:
         if self.thorough and not case.thorough: return None
         measured = self.measure(case)
         if measured is None: return None
-        value,says,*one = measured
-        limit = max(self.limit, *one, 0.)
-        return Finding(name, value<=limit+1e-9, value, limit, says, self.source, self.sign_of, self.remedy)
+        value,says,*more = measured
+        limit = max(self.limit, more[0] if more else 0.)
+        sign_of = more[1] if len(more)>1 else self.sign_of
+        return Finding(name, value<=limit+1e-9, value, limit, says, self.source, sign_of, self.remedy)
 
 guards = {}
 

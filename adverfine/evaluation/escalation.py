@@ -38,7 +38,9 @@ def _stronger(case):
     if case.blind: return
     kind,away,towards = _climber(case.threat)
     yield case.same(kind, **away | dict(restarts=2)),Rescaled(case.quick)
+    yield case.same(Square, queries=1000),None
     yield case.same(kind, **towards),case.quick
+    yield case.same(Square, queries=5000),None
     yield case.same(kind, **away | dict(steps=200, restarts=5)),Rescaled(case.quick)
 
 def _around(case):
@@ -107,9 +109,10 @@ def escalate(
     "Attack what stands until no guard finds more"
     budget,rungs = _Budget(case, passes),_stronger(case)
     looks = inspect(case, tries=False)
+    early = inspect(case, tries=True) if case.surrogates else ()    # before what finds images in spite of it
     for part in _autoattack(case): budget.run(*part)
     tried = _settle(case, rungs, budget)
-    hidden = _flagged([*looks, *tried], 'masking')
+    hidden = _flagged([*early, *looks, *tried], 'masking')
     broken = False
     if hidden:
         tried = _get_around(case, rungs, budget)

@@ -151,4 +151,6 @@ def transfer(case):
 def black_box(case):
     if not case.white: return None
     gain,one = case.take('black_box', case.same(Square, queries=2000 if case.thorough else 100), .01)
-    return gain,f"random search without gradients takes {gain:.4f} more accuracy than the attacks that have them",one
+    sign_of = 'weakness' if gain<=.05 else 'masking'
+    says = f"random search without gradients takes {gain:.4f} more accuracy than the attacks that have them"
+    return gain,says,one,sign_of

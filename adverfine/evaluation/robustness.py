@@ -81,43 +81,6 @@ def _sketch(case, n=128):
         stands,curve[eps] = judge.stands,judge.robust
     return curve
 
-# %% ../../nbs/evaluation/05_robustness.ipynb #8adb8730
-@torch.no_grad()
-def evaluate(
-    model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
-    x:Tensor, # Images in [0,1]
-    y:Tensor, # Labels (N,)
-    attacks, # One `Attack` or several, all under one threat model
-    bs:int=256, # Images at a time
-    seed:int=0, # Of the attacks' random starts
-    bf16:bool=None, # Craft in bfloat16? Default: where that is fastest, unless `model` rounds
-    thorough:bool=False, # Run all guards, on all images?
-    escalate:bool=False, # Go on with stronger attacks until none finds more?
-    budget:int=20_000, # Passes for an image, at most, that going on may take
-    parent=None, # The network before compression, for a guard
-    fake_quantized=None, # The differentiable network behind a deployed `model`: what needs gradients crafts on it
-    vocab=None, # Names of the classes
-    data:str='', # Name of the data set, for the report
-    split:str='', # Of which part the images are, such as 'test', for the report
-    state=None, # Folder to go on from after an interruption, for the same evaluation
-    progress:bool=True, # Show a progress bar if it takes more than three seconds?
-) -> RobustnessReport:
-    "Clean and robust accuracy of `model`: right clean and after everything that was tried"
-    start,attacks = time.perf_counter(),_in_order(attacks)
-    networks = [model, parent, fake_quantized, *(getattr(a, 'surrogate', None) for a in attacks)]
-    x,y = _plain(x, y, networks)
-    if escalate: check_budget(budget, attacks[0].threat)
-    settings = dict(attacks=attacks, bs=bs, seed=seed, bf16=bf16, thorough=thorough, escalate=escalate, budget=budget)
-    folder = None if state is None else StateFolder(state, fingerprint(networks, x, y, **settings))
-    with _progress_bar(progress) as bar, evaluating(model):
-        judge = _judge(model, x, y, bs, seed, bf16, bar, folder)
-        case = Case(judge, tuple(p for a in attacks for p in a.parts), parent, fake_quantized, thorough)
-        asked = _run(case, attacks, bar)
-        found = go_on(case, budget) if escalate and len(case.x) else (inspect(case), False, ())
-        curve = _sketch(case) if len(case.x) and not case.blind else {}
-    return _report(case, attacks, asked, *found, curve=curve, escalated=escalate, data=data, split=split,
-                   vocab=vocab and tuple(vocab), seconds=time.perf_counter()-start)
-
 # %% ../../nbs/evaluation/05_robustness.ipynb #9a80e31f
 def _judge(model, x, y, bs, seed, bf16, bar, folder):
     "The judge of an evaluation, who knows what its folder knows"
@@ -155,6 +118,43 @@ def _report(case, attacks, asked, findings, broken, left_out, **kwargs):
         {o.name: o.seconds for o in judge.runs}, {o.name: o.passes for o in judge.runs}, findings=findings,
         crafted=getattr(judge.fast, 'name', 'as it is'), labels=tuple(judge.y.tolist()),
         outcomes=tuple(judge.outcomes), examples=examples, broken=broken, left_out=left_out, **kwargs)
+
+# %% ../../nbs/evaluation/05_robustness.ipynb #8adb8730
+@torch.no_grad()
+def evaluate(
+    model, # A callable from pixels (N,C,H,W) to logits (N,classes): a module, or a function around anything
+    x:Tensor, # Images in [0,1]
+    y:Tensor, # Labels (N,)
+    attacks, # One `Attack` or several, all under one threat model
+    bs:int=256, # Images at a time
+    seed:int=0, # Of the attacks' random starts
+    bf16:bool=None, # Craft in bfloat16? Default: where that is fastest, unless `model` rounds
+    thorough:bool=False, # Run all guards, on all images?
+    escalate:bool=False, # Go on with stronger attacks until none finds more?
+    budget:int=20_000, # Passes for an image, at most, that going on may take
+    parent=None, # The network before compression, for a guard
+    fake_quantized=None, # The differentiable network behind a deployed `model`: what needs gradients crafts on it
+    vocab=None, # Names of the classes
+    data:str='', # Name of the data set, for the report
+    split:str='', # Of which part the images are, such as 'test', for the report
+    state=None, # Folder to go on from after an interruption, for the same evaluation
+    progress:bool=True, # Show a progress bar if it takes more than three seconds?
+) -> RobustnessReport:
+    "Clean and robust accuracy of `model`: right clean and after everything that was tried"
+    start,attacks = time.perf_counter(),_in_order(attacks)
+    networks = [model, parent, fake_quantized, *(getattr(a, 'surrogate', None) for a in attacks)]
+    x,y = _plain(x, y, networks)
+    if escalate: check_budget(budget, attacks[0].threat)
+    settings = dict(attacks=attacks, bs=bs, seed=seed, bf16=bf16, thorough=thorough, escalate=escalate, budget=budget)
+    folder = None if state is None else StateFolder(state, fingerprint(networks, x, y, **settings))
+    with _progress_bar(progress) as bar, evaluating(model):
+        judge = _judge(model, x, y, bs, seed, bf16, bar, folder)
+        case = Case(judge, tuple(p for a in attacks for p in a.parts), parent, fake_quantized, thorough)
+        asked = _run(case, attacks, bar)
+        found = go_on(case, budget) if escalate and len(case.x) else (inspect(case), False, ())
+        curve = _sketch(case) if len(case.x) and not case.blind else {}
+    return _report(case, attacks, asked, *found, curve=curve, escalated=escalate, data=data, split=split,
+                   vocab=vocab and tuple(vocab), seconds=time.perf_counter()-start)
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #5434788a
 @patch

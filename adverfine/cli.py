@@ -106,10 +106,8 @@ def _evaluate(args):
     make_dls = _data(args)
     chosen = [_attack(o, args.eps, args.norm) for o in args.attack]
     made_for = tuple(compressed_info(args.model)['input_shape'])
-    model = load_compressed(args.model)
-    dls = make_dls()
-    _check_shape(tuple(dls.valid.one_batch()[0].shape[1:]), args, made_for)
-    learn = Learner(dls, model, loss_func=CrossEntropyLoss())
+    learn = Learner(make_dls(), load_compressed(args.model), loss_func=CrossEntropyLoss())
+    _check_shape(tuple(learn.dls.valid.one_batch()[0].shape[1:]), args, made_for)
     options = {k: getattr(args, k) for k in 'n seed escalate budget state thorough'.split()}
     result = learn.robustness(chosen, deployed=OnnxNetwork(args.onnx) if args.onnx else None, **options,
                               parent=args.parent and load_compressed(args.parent), progress=sys.stderr.isatty())
@@ -118,16 +116,14 @@ def _evaluate(args):
 
 # %% ../nbs/02_cli.ipynb #8c9afba8
 def _add_escalate(add):
-    further = 'go on with stronger attacks until none finds more; default: yes'
-    add('--escalate', action=argparse.BooleanOptionalAction, default=True, help=further)
+    add('--escalate', action=argparse.BooleanOptionalAction, default=True, help='go on until none finds more: the default')
     add('--budget', type=int, default=20_000, help='passes for an image that this may take; default: 20000')
 
 def _add_evaluate(commands):
     add = _command(commands, _evaluate, 'attack a saved network: clean and robust accuracy, and whether to trust them')
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
     add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10; its test images are taken')
-    add('--attack', nargs='+', default=['autoattack'], metavar='NAME',
-        help=f"of {', '.join(_attacks)}; default: autoattack")
+    add('--attack', nargs='+', default=['autoattack'], metavar='NAME', help=f"{', '.join(_attacks)}; default: autoattack")
     add('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05; in l0 a number of pixels')
     add('--norm', default='linf', help='linf, l2, l1 or l0')
     add('--n', type=int, help='only so many test images, drawn at random')
@@ -208,9 +204,8 @@ def _measured(what, args):
     out = args.out or f'studies/{what}'
     if what=='adaptive':
         table = adaptive.adaptive_race(out, args.n or 1000, fashion_mnist=args.path, cifar10=args.cifar10)
-        return dict(parts=table.to_dict('records'))
-    if what=='bits': return recipes.bits_check(out, seed=args.seed, path=args.path)
-    table = recipes.recipe_race(out, args.seconds, args.seed, n=args.n or 200, path=args.path)
+    elif what=='bits': return recipes.bits_check(out, seed=args.seed, path=args.path)
+    else: table = recipes.recipe_race(out, args.seconds, args.seed, n=args.n or 200, path=args.path)
     return dict(parts=table.to_dict('records'))
 
 # %% ../nbs/02_cli.ipynb #46a95a01

@@ -85,6 +85,7 @@ def _sketch(case, n=128):
 def _judge(model, x, y, bs, seed, bf16, bar, folder):
     "The judge of an evaluation, who knows what its folder knows"
     def told(judge):
+        bar.total = max(bar.total, bar.n)
         bar.set_postfix_str(f'{judge.stands.sum()} of {len(x)} images standing', refresh=False)
         if folder: folder.keep(judge)
     judge = Judge(model, x, y, bs, seed, tick=bar.update, after_batch=told)

@@ -116,14 +116,14 @@ def _evaluate(args):
 
 # %% ../nbs/02_cli.ipynb #8c9afba8
 def _add_escalate(add):
-    add('--escalate', action=argparse.BooleanOptionalAction, default=True, help='go on until none finds more: the default')
+    add('--escalate', action=argparse.BooleanOptionalAction, default=True, help='go on until none finds more (default)')
     add('--budget', type=int, default=20_000, help='passes for an image that this may take; default: 20000')
 
 def _add_evaluate(commands):
     add = _command(commands, _evaluate, 'attack a saved network: clean and robust accuracy, and whether to trust them')
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
     add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10; its test images are taken')
-    add('--attack', nargs='+', default=['autoattack'], metavar='NAME', help=f"{', '.join(_attacks)}; default: autoattack")
+    add('--attack', nargs='+', default=['autoattack'], metavar='NAME', help=f"{', '.join(_attacks)}; default: first")
     add('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05; in l0 a number of pixels')
     add('--norm', default='linf', help='linf, l2, l1 or l0')
     add('--n', type=int, help='only so many test images, drawn at random')

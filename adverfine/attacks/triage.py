@@ -138,9 +138,9 @@ class Round:
     start:str='on'     # 'on': where the class got to; 'anew': at random; 'away': at random, towards no class
     by:str='progress'  # Which classes are promising: those of much 'progress', or those near by the 'gradient'
 
-rounds = (Round(-math.inf, 8, (0, 3), by='gradient'), Round(-.9, 8, (3, 9), by='gradient'), Round(-.8, 15, (0, 3)),
-          Round(-.7, 20, (0, 1), 'away'), Round(-.7, 20, (0, 3), 'anew'), Round(-.5, 40, (0, 3), 'anew'),
-          Round(-.4, 80, (0, 2), 'anew'))
+rounds = (Round(-math.inf, 8, (0, 3), by='gradient'), Round(-.7, 8, (3, 9), by='gradient'), Round(-.7, 15, (0, 2)),
+          Round(-.6, 20, (0, 1), 'away'), Round(-.6, 20, (0, 2), 'anew'), Round(-.45, 40, (0, 3), 'anew'),
+          Round(-.35, 80, (0, 2), 'anew'))
 for_all = Round(-math.inf, 25, (0, 3), 'anew'),Round(-math.inf, 40, (0, 1), 'away')   # where gradients lead astray
 
 @patch
@@ -172,10 +172,8 @@ class Triage(Attack):
         return 11+climbs+sum(self.queries)
 
     def craft(self, model, x, y, generator):
-        climbs,found = _Climbs(self, model, x, y),[]
-        for o in rounds:
-            if found[-2:]==[0, 0]: break
-            found.append(climbs.fall_in(climbs.carry_out, o, generator))
+        climbs = _Climbs(self, model, x, y)
+        for o in rounds: climbs.carry_out(o, generator)
         everyone = climbs.astray
         if everyone:
             for o in for_all: climbs.carry_out(o, generator)

@@ -163,7 +163,7 @@ class Triage(Attack):
     """Ever longer climbs for ever fewer images; its ideas are those of
     [arXiv 2203.05154](https://arxiv.org/abs/2203.05154) and [arXiv 2407.02240](https://arxiv.org/abs/2407.02240)"""
     norms = 'linf','l2'
-    queries = 50,100,200,400    # Of the search, which ends where it finds nothing
+    queries = 100,200,400    # Of the search, which ends where it finds nothing
 
     @property
     def passes(self):
@@ -177,8 +177,8 @@ class Triage(Attack):
         everyone = climbs.astray
         if everyone:
             for o in for_all: climbs.carry_out(o, generator)
-        for queries in self.queries[2*everyone:]:
-            hopeful = climbs.up & (climbs.hope>(-torch.inf if everyone else -.7))
+        for queries in self.queries[everyone:]:
+            hopeful = climbs.up & (climbs.hope>(-torch.inf if everyone else -.8))
             everyone = climbs.fall_in(climbs.search, hopeful.nonzero()[:,0], queries, generator)>0
             if not everyone: break
         best = climbs.points[climbs.progress.argmax(1),torch.arange(len(x), device=x.device)]

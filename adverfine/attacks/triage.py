@@ -53,6 +53,12 @@ class _Climbs:
 
     @property
     def hope(self) -> Tensor: return self.progress.amax(1)
+    def hopeful(self, above, share) -> Tensor:
+        "Images that stand and whose progress is above that, at most this share of those that stand, the best first"
+        i = (self.up & (self.hope>=above)).nonzero()[:,0]
+        most = math.ceil(share*self.up.sum().item())
+        return i[self.hope[i].argsort(descending=True)][:most]
+
     @property
     def astray(self) -> bool: return ((self.hope<-1) & self.up).sum().item() > self.up.sum().item()/8
 
@@ -137,16 +143,18 @@ class Round:
     ranks:tuple        # Which classes, counted from the most promising: from, to
     start:str='on'     # 'on': where the class got to; 'anew': at random; 'away': at random, towards no class
     by:str='progress'  # Which classes are promising: those of much 'progress', or those near by the 'gradient'
+    share:float=1.     # Of the images that stand, at most: those of most progress
 
-rounds = (Round(-math.inf, 8, (0, 3), by='gradient'), Round(-.7, 8, (3, 9), by='gradient'), Round(-.7, 15, (0, 2)),
-          Round(-.6, 20, (0, 1), 'away'), Round(-.6, 20, (0, 2), 'anew'), Round(-.45, 40, (0, 3), 'anew'),
-          Round(-.35, 80, (0, 2), 'anew'))
+rounds = (Round(-math.inf, 8, (0, 3), by='gradient'), Round(-.7, 8, (3, 9), by='gradient', share=.25),
+          Round(-.7, 15, (0, 2), share=.25), Round(-.6, 20, (0, 1), 'away', share=.12),
+          Round(-.6, 20, (0, 2), 'anew', share=.12), Round(-.45, 40, (0, 3), 'anew', share=.08),
+          Round(-.35, 80, (0, 2), 'anew', share=.05))
 for_all = Round(-math.inf, 25, (0, 3), 'anew'),Round(-math.inf, 40, (0, 1), 'away')   # where gradients lead astray
 
 @patch
-def carry_out(self:_Climbs, o:Round, generator):
-    "Climb all pairs of the round, a batch of them at a time"
-    i = (self.up & (self.hope>=o.above)).nonzero()[:,0]
+def carry_out(self:_Climbs, o:Round, generator, times=1):
+    "Climb all pairs of the round, a batch of them at a time; of so many `times` its share of images"
+    i = self.hopeful(o.above, min(times*o.share, 1))
     by_promise = self.nearest if o.by=='gradient' else self.progress.argsort(1, descending=True)
     ranks = torch.arange(o.ranks[0], min(o.ranks[1], by_promise.shape[1]), device=i.device)
     if not len(i) or not len(ranks): return
@@ -172,14 +180,16 @@ class Triage(Attack):
         return 11+climbs+sum(self.queries)
 
     def craft(self, model, x, y, generator):
-        climbs = _Climbs(self, model, x, y)
-        for o in rounds: climbs.carry_out(o, generator)
+        climbs,times = _Climbs(self, model, x, y),1
+        for o in rounds:
+            fell = climbs.fall_in(climbs.carry_out, o, generator, times)
+            if o.share<1 and fell>climbs.up.sum().item()/200: times *= 2    # what finds images is worth more
         everyone = climbs.astray
         if everyone:
             for o in for_all: climbs.carry_out(o, generator)
         for queries in self.queries[everyone:]:
-            hopeful = climbs.up & (climbs.hope>(-torch.inf if everyone else -.8))
-            everyone = climbs.fall_in(climbs.search, hopeful.nonzero()[:,0], queries, generator)>0
+            hopeful = climbs.hopeful(-torch.inf, 1.) if everyone else climbs.hopeful(-.8, min(.15*times, 1))
+            everyone = climbs.fall_in(climbs.search, hopeful, queries, generator)>0
             if not everyone: break
         best = climbs.points[climbs.progress.argmax(1),torch.arange(len(x), device=x.device)]
         return torch.where(climbs.up.view(-1, 1, 1, 1), best, climbs.out)

@@ -36,7 +36,7 @@ def distances(
     dual = slopes.flatten(2).norm(p=order, dim=2).T.clamp_min(1e-12)
     return -leads.detach()/dual,leads.detach(),slopes
 
-# %% ../../nbs/attacks/12_triage.ipynb #a6421b8f
+# %% ../../nbs/attacks/12_triage.ipynb #8746446c
 class _Climbs:
     "Images, classes to push them to, the best point of each such pair, and how near to the boundary that is"
     def __init__(self, attack, model, x, y):
@@ -53,21 +53,6 @@ class _Climbs:
 
     @property
     def hope(self) -> Tensor: return self.progress.amax(1)
-    def hopeful(self, above, share) -> Tensor:
-        "Images that stand and whose progress is above that, at most this share of those that stand, the best first"
-        i = (self.up & (self.hope>=above)).nonzero()[:,0]
-        most = math.ceil(share*self.up.sum().item())
-        return i[self.hope[i].argsort(descending=True)][:most]
-
-    @property
-    def astray(self) -> bool: return ((self.hope<-1) & self.up).sum().item() > self.up.sum().item()/8
-
-    def fall_in(self, work, *args) -> int:
-        "How many images fall while `work` is done"
-        before = self.up.sum().item()
-        work(*args)
-        return before-self.up.sum().item()
-
     def fell(self, i, x_adv, out):
         "Note which images `i` are fooled by their `x_adv`, for which the network that is climbed says `out`"
         k = ((out.argmax(1)!=self.y[i]) & self.up[i]).nonzero()[:,0]
@@ -82,6 +67,26 @@ class _Climbs:
         i,columns = i[better],columns[better]
         self.progress[i,columns] = lead[better]
         self.points[columns,i] = x_adv[better]
+
+# %% ../../nbs/attacks/12_triage.ipynb #dbe420d5
+@patch
+def hopeful(self:_Climbs, above, share) -> Tensor:
+    "Images that stand and whose progress is above that, at most this share of those that stand, the best first"
+    i = (self.up & (self.hope>=above)).nonzero()[:,0]
+    most = math.ceil(share*self.up.sum().item())
+    return i[self.hope[i].argsort(descending=True)][:most]
+
+@patch(as_prop=True)
+def astray(self:_Climbs) -> bool:
+    "Does more than an eighth of what stands have less progress than the clean image?"
+    return ((self.hope<-1) & self.up).sum().item() > self.up.sum().item()/8
+
+@patch
+def fall_in(self:_Climbs, work, *args) -> int:
+    "How many images fall while `work` is done"
+    before = self.up.sum().item()
+    work(*args)
+    return before-self.up.sum().item()
 
 # %% ../../nbs/attacks/12_triage.ipynb #47941603
 @patch

@@ -11,6 +11,7 @@ from adverfine.networks.precision import bf16_is_fast
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.attack import Attack
+from adverfine.attacks.scoring import Judge
 from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.adaptive import Transfer
 from adverfine.attacks.torchattacks import TorchAttack
@@ -19,6 +20,7 @@ from adverfine.attacks.fab import FAB
 from adverfine.attacks.square import Square
 from adverfine.attacks.autoattack import AutoAttack
 from adverfine.compression.quantization import quantize
+from adverfine.evaluation.cases import Case, guards
 from adverfine.evaluation.robustness import evaluate
 from adverfine.training.adversarial import AdversarialTraining
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
@@ -195,8 +197,10 @@ def test_a_weak_attack_is_not_trusted(learn):
     assert 'scaled_margin' in _flagged(learn.robustness(weak))
 
 def test_transfer_from_the_parent_betrays_a_masked_child(model, right):
-    report = evaluate(masks['rounding'][0](model), *right, PGD(.1, steps=20), parent=model)
-    assert 'transfer' in _flagged(report)
+    case = Case(Judge(masks['rounding'][0](model), *right), (PGD(.1, steps=20),), parent=model)
+    case.judge.run('PGD-20', *case.attacks)
+    found = guards['transfer'].find('transfer', case)   # alone: other guards would fool the same images first
+    assert not found.ok and found.value>.1
 
 def test_a_fake_quantized_network_that_is_another(model, right):
     report = evaluate(lambda x: model(x).detach(), *right, PGD(.1, steps=5), fake_quantized=cnn8(size=8))

@@ -122,8 +122,10 @@ def _report(*signs, robust=.5, **kw):
     (('weakness',), {}, 'not converged', 'an upper bound: a stronger attack finds more'),
     ((), dict(left_out=('Square', 'FGSM')), 'not converged',
      'an upper bound: a stronger attack finds more; the budget did not suffice for Square, FGSM'),
-    (('masking',), {}, 'gradient masking', 'not broken: the figure is an upper bound, and may be far too high'),
-    (('weakness', 'masking'), {}, 'gradient masking', 'not broken'),
+    (('masking',), {}, 'gradient masking', 'an upper bound, and may be far too high'),
+    (('masking',), dict(escalated=True), 'gradient masking',
+     'not broken: the figure is an upper bound, and may be far too high'),
+    (('weakness', 'masking'), dict(escalated=True), 'gradient masking', 'not broken'),
     (('masking',), dict(broken=True, left_out=('Square',)), 'gradient masking',
      'broken: the figure is that of attacks which get around it')])
 def test_verdicts(signs, kw, verdict, meaning):

@@ -53,6 +53,7 @@ class _Climbs:
 
     @property
     def hope(self) -> Tensor: return self.progress.amax(1)
+
     def fell(self, i, x_adv, out):
         "Note which images `i` are fooled by their `x_adv`, for which the network that is climbed says `out`"
         k = ((out.argmax(1)!=self.y[i]) & self.up[i]).nonzero()[:,0]

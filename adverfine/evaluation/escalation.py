@@ -109,7 +109,8 @@ def escalate(
     "Attack what stands until no guard finds more"
     budget,rungs = _Budget(case, passes),_stronger(case)
     looks = inspect(case, tries=False)
-    early = inspect(case, tries=True) if case.surrogates else ()    # before what finds images in spite of it
+    early = inspect(case, tries=True) if case.surrogates else ()    # a surrogate shows best before strong attacks
+    early = [o for o in early if o.guard=='surrogate']              # what the others find may be weakness so early
     for part in _autoattack(case): budget.run(*part)
     tried = _settle(case, rungs, budget)
     hidden = _flagged([*early, *looks, *tried], 'masking')

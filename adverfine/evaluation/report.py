@@ -92,7 +92,8 @@ def meaning(self:RobustnessReport) -> str:
         short = f"; the budget did not suffice for {', '.join(self.left_out)}" if self.left_out else ''
         return f"an upper bound: a stronger attack finds more{short}"
     if self.broken: return "broken: the figure is that of attacks which get around it"
-    return "not broken: the figure is an upper bound, and may be far too high"
+    tried = 'not broken: the figure is ' if self.escalated else ''
+    return f"{tried}an upper bound, and may be far too high"
 
 # %% ../../nbs/evaluation/03_report.ipynb #920c6158
 @patch

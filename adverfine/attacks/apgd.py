@@ -14,13 +14,13 @@ from torch import Tensor
 from fastcore.basics import patch
 from .attack import Attack, check_counts, cross_entropy, value_and_grad
 from .losses import dlr, margin, probability_margin, targeted_dlr
-from .standing import Standing, in_turn, ranked_classes
+from .standing import Standing, by_target, ranked_classes
 
 # %% ../../nbs/attacks/07_apgd.ipynb #06062cb9
 class _Climb(Standing):
     "Images of one run, each with the length of its steps and the best point so far"
-    def __init__(self, attack, loss, model, x, y, target, start):
-        super().__init__(model, x, y)
+    def __init__(self, attack, loss, model, x, y, target, start, image=None):
+        super().__init__(model, x, y, image)
         self.threat,self.loss,self.target = attack.threat,loss,target
         self.adv = self.old = self.best = start
         self.best_loss = self.last = self.checked = self.look(start)
@@ -93,9 +93,8 @@ class APGD(Attack):
     def craft(self, model, x, y, generator):
         classes = ranked_classes(model, x, y, self.targets).T if self.targets else y[None]
         loss = targeted_dlr if self.targets else _losses[self.loss]
-        def run_towards(target):
-            return lambda i: self.climb(model, x[i], y[i], self.start(x[i], generator), loss, target[i])
-        return in_turn(map(run_towards, classes.repeat(self.restarts, 1)), model, x, y)
+        def run(i, target): return self.climb(model, x[i], y[i], self.start(x[i], generator), loss, target, i)
+        return by_target(run, classes.repeat(self.restarts, 1), model, x, y)
 
 # %% ../../nbs/attacks/07_apgd.ipynb #3fa3ee0f
 @patch
@@ -119,9 +118,10 @@ def climb(self:APGD,
     start:Tensor, # Where to begin, shaped as `x`, such as `self.start(x, generator)`
     loss, # Called with logits, labels and `target` of the images that still stand; gives a number for each (n,)
     target:Tensor, # What the loss needs to know of each image, (N,...)
+    image:Tensor|None=None, # Which image each row is of, (N,), where several are of one: they leave together
 ) -> Tensor: # Adversarial images, shaped as `x`
     "One run of `steps` steps up any loss: what fooled the network, or else where the loss was highest"
-    run = _Climb(self, loss, model, x, y, target, start)
+    run = _Climb(self, loss, model, x, y, target, start, image)
     first,shorter,last = (max(int(p*self.steps), 1) for p in (.22, .03, .06))
     window = until_check = first
     for k in range(self.steps):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..threat import ThreatModel
 from .attack import Attack, check_counts, logits_of, value_and_grad
-from .standing import Standing, in_turn, ranked_classes
+from .standing import Standing, by_target, ranked_classes
 
 # %% ../../nbs/attacks/09_fab.ipynb #f58d03ee
 def to_plane(
@@ -72,11 +72,11 @@ class FAB(Attack):
     def passes(self): return (3*self.steps+1)*self.targets+1
 
     def craft(self, model, x, y, generator):
-        def run_towards(target): return lambda i: self._run(model, x[i], y[i], target[i])
-        return in_turn(map(run_towards, ranked_classes(model, x, y, self.targets).T), model, x, y)
+        def run(i, target): return self._run(model, x[i], y[i], target, i)
+        return by_target(run, ranked_classes(model, x, y, self.targets).T, model, x, y)
 
-    def _run(self, model, x, y, target):
-        s = Standing(model, x, y)
+    def _run(self, model, x, y, target, image):
+        s = Standing(model, x, y, image)
         s.target,s.adv = target,x
         def lead(out, y): return (out.gather(1, s.target[:,None])-out.gather(1, y[:,None]))[:,0]
         for _ in range(self.steps):

@@ -12,6 +12,8 @@ from adverfine.data.sources import digits_dls
 from adverfine.attacks.gradient import FGSM, FGSMRS, PGD
 from adverfine.attacks.adaptive import EOT
 from adverfine.attacks.saturated import PGDPlusPlus
+from adverfine.attacks.apgd import APGD
+from adverfine.attacks.fab import FAB
 from adverfine.attacks.fmn import FMN
 from adverfine.attacks.scoring import score
 from adverfine.evaluation.robustness import evaluate
@@ -186,3 +188,24 @@ def test_on_a_gpu():
         learn.fit(1, 1e-3, cbs=[AdversarialTraining(PGD(.1, steps=3)), BF16()])
     half,full = (learn.robustness(PGD(.1, steps=3), bf16=o) for o in (True, False))
     assert abs(half.robust-full.robust)<=.03 and full.robust<full.clean
+
+# ---- targets that share a batch
+
+class Batches(nn.Module):
+    "Class 0 for ever where the first pixel is bright, otherwise the class of the brightest pixel; sizes are noted"
+    def __init__(self): super().__init__(); self.sizes = []
+    def forward(self, x):
+        self.sizes.append(len(x))
+        z = x.flatten(1)
+        return torch.cat([20*(z[:,:1]>.8)+z[:,:1], z[:,1:]], 1)
+
+@pytest.mark.parametrize('attack', [APGD(.2, loss='dlr', targets=3, steps=5), FAB(.2, targets=3, steps=5)],
+                         ids=lambda a: a.name)
+def test_targets_share_a_batch(attack):
+    x = torch.full((8, 1, 2, 2), .5)
+    x[:,0,0,0] = torch.tensor([.55]*6+[1.]*2)     # six fall under the first target, two under none
+    net,y = Batches(),torch.zeros(8, dtype=torch.long)
+    x_adv = attack(net, x, y)
+    last = len(net.sizes)-net.sizes[::-1].index(8)        # once more all are asked, then two images and two targets
+    assert max(net.sizes)==8 and set(net.sizes[last:])=={4}
+    assert (net(x_adv).argmax(1)!=0).tolist()==[True]*6+[False]*2

@@ -16,6 +16,7 @@ from adverfine.attacks.apgd import APGD
 from adverfine.attacks.fab import FAB
 from adverfine.attacks.fmn import FMN
 from adverfine.attacks.scoring import score
+from adverfine.attacks.standing import Standing
 from adverfine.evaluation.robustness import evaluate
 from adverfine.evaluation.metric import RobustAccuracy
 from adverfine.training.acceleration import BF16
@@ -209,3 +210,11 @@ def test_targets_share_a_batch(attack):
     last = len(net.sizes)-net.sizes[::-1].index(8)        # once more all are asked, then two images and two targets
     assert max(net.sizes)==8 and set(net.sizes[last:])=={4}
     assert (net(x_adv).argmax(1)!=0).tolist()==[True]*6+[False]*2
+
+def test_rows_of_an_image_leave_together():
+    x = torch.rand(4, 1, 2, 2)
+    s = Standing(nn.Flatten(), x, torch.zeros(4, dtype=torch.long), image=torch.tensor([0, 1, 0, 1]))
+    s.fell(0*x, torch.tensor([False, False, True, False]))
+    assert s.up.tolist()==[False, True, False, True] and s.compact() and len(s.x)==2
+    made = s.finish(s.x)
+    assert torch.equal(made, torch.stack([x[0], x[1], 0*x[2], x[3]]))

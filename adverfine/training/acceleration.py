@@ -28,15 +28,15 @@ def keep_memory() -> bool: # Whether it does so from now on
 class BF16(Callback):
     "Run the network in bfloat16 and channels_last during fits, on CPU and GPU"
     order = -8
-    forward = None
+    lent = None
 
     def before_fit(self):
         self.after_fit()     # what an aborted fit has left
-        if not in_bf16(self.model): self.forward = InBF16(bare(self.model), self)
+        if not in_bf16(self.model): self.lent = InBF16(bare(self.model), self)
 
     def after_fit(self):
-        if self.forward is not None: self.forward.give_back()
-        self.forward = None
+        if self.lent is not None: self.lent.give_back()
+        self.lent = None
 
 # %% ../../nbs/training/00_acceleration.ipynb #c34db70b
 class _Compiled(Lent):

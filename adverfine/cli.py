@@ -183,45 +183,22 @@ def _add_export(commands):
     add('--data', metavar='NAME', help='compare on validation images of this set; default: on random images')
     add('--path', help='folder of the data set')
 
-# %% ../nbs/02_cli.ipynb #fa10cd15
-_benches = dict(
-    data='one pass over the 60,000 Fashion-MNIST images', evaluation='AutoAttack against torchattacks (half an hour)',
-    adaptive='the adaptive AutoAttack against the standard one on twelve networks (hours)',
-    inference='dense, pruned and int8 networks in every engine that is installed (minutes)',
-    training='a step of adversarial training against other libraries (minutes)',
-    precision='robust accuracy after training in bfloat16 and in float32 (ten minutes)',
-    bits='robust accuracy of quantized networks (tens of minutes)',
-    recipes='fine-tuning recipes at equal seconds (hours)')
-
-def _measured(what, args):
-    "The result of the benchmark `what`: name to value, `parts` a list of rows"
-    from adverfine.bench import adaptive, data, evaluation, inference, recipes, training
-    if what=='data': return data.data_pass(args.path)
-    if what=='evaluation': return evaluation.autoattack_race(args.n or 1000, args.path)
-    if what=='inference': return inference.inference_race()
-    if what=='training': return training.training_race(args.rounds)
-    if what=='precision': return recipes.precision_check(path=args.path)
-    out = args.out or f'studies/{what}'
-    if what=='adaptive':
-        table = adaptive.adaptive_race(out, args.n or 1000, fashion_mnist=args.path, cifar10=args.cifar10)
-    elif what=='bits': return recipes.bits_check(out, seed=args.seed, path=args.path)
-    else: table = recipes.recipe_race(out, args.seconds, args.seed, n=args.n or 200, path=args.path)
-    return dict(parts=table.to_dict('records'))
-
-# %% ../nbs/02_cli.ipynb #46a95a01
+# %% ../nbs/02_cli.ipynb #f43db9cc
 def _bench(args):
-    if (args.n is not None and args.n<1) or args.rounds<1 or not args.seconds>0:
-        raise ValueError(f'--n {args.n}, --rounds {args.rounds} and --seconds {args.seconds} must be positive')
     import pandas as pd
-    result = _measured(args.what, args)
+    from adverfine.bench.menu import measure
+    result = measure(args.what, **{o: getattr(args, o) for o in _bench_options})
     if args.json: return print(json.dumps(result))
     for k,v in result.items():
         if k!='parts': print(f'{k:20} {v}')
     if 'parts' in result: print('\n' + pd.DataFrame(result['parts']).to_string(index=False))
 
+_bench_options = 'n','rounds','seconds','seed','cifar10','out','path'
+
 def _add_bench(commands):
+    from adverfine.bench.menu import benchmarks
     add = _command(commands, _bench, 'measure speed on this machine')
-    add('what', choices=list(_benches), help='; '.join(f'{k}: {text}' for k,text in _benches.items()))
+    add('what', choices=list(benchmarks), help='; '.join(f'{k}: {text}' for k,text in benchmarks.items()))
     add('--n', type=int, help='images for evaluation (default: 1000) or for the AutoAttack of recipes (default: 200)')
     add('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
     add('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')

@@ -133,17 +133,29 @@ class StructuredPruning(Callback):
     def __init__(self,
         share:float|dict=None, # Share of the channels to remove in all; or for single layers: name or pattern -> share
         schedule:str='iterative', # 'one_shot', 'iterative' or 'cubic'
+        end:float=1., # Share of the epochs by which all of it is cut
         **kwargs # `keep_macs`, `criterion`, `scope`, `floor` and `round_to` of a `PruningPlan`
     ):
         if schedule not in schedules:
             raise ValueError(f"schedule={schedule!r} is unknown: use one of {', '.join(schedules)}")
+        if not 0<end<=1: raise ValueError(f"end={end} must lie above 0 and not above 1: it is a share of the epochs")
         self.plan = PruningPlan(share, **kwargs)
         self.schedule = schedules[schedule]
+        self.end = end
+
+    def progress(self, epoch, n_epoch):
+        "The share of the plan that is carried out when `epoch` begins, the first being 0"
+        return self.schedule(min((epoch+1)/(self.end*n_epoch), 1.))
+
+    def last_cut(self, n_epoch):
+        "The epoch in which the last channels go"
+        return next(e for e in range(n_epoch) if self.progress(e, n_epoch)>=1)
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if self.run: self.pruner = _Pruner(bare(self.model), self.plan, example_images(self.learn), self.learn)
 
-    def before_train(self): self.pruner.cut(self.schedule((self.epoch+1)/self.n_epoch), self.opt)
+    def before_train(self):
+        if self.epoch<=self.last_cut(self.n_epoch): self.pruner.cut(self.progress(self.epoch, self.n_epoch), self.opt)
 
     def after_fit(self): self.pruner = None

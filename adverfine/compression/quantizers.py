@@ -90,9 +90,9 @@ class Quantizer(nn.Module):
     def step(self): return self.start*self.log_gain.exp()
 
     def begin(self, step):
-        "Let the step size `step` be where learning begins"
-        self.start = step
-        self.log_gain.data = torch.zeros_like(step)
+        "Let the step size `step` be where learning begins, or goes on: what was learned keeps its numbers"
+        if self.log_gain.shape!=step.shape: self.log_gain.data = torch.zeros_like(step)
+        self.start = step/self.log_gain.detach().exp()
 
     def forward(self, x):
         step = self.step

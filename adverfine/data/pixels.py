@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 from fastai.learner import Learner
-from fastai.torch_core import TensorBase
+from fastai.torch_core import TensorBase, no_random
 from ..threat import pixel_space
 
 # %% ../../nbs/data/01_pixels.ipynb #383e6b28
@@ -43,7 +43,7 @@ def training_batches(
     dl = learn.dls.train.new()
     dl.rng = random.Random(0)
     device = next(learn.model.parameters()).device
-    return [tuple(o.detach().as_subclass(Tensor).to(device) for o in b[:2]) for b in islice(dl, n)]
+    with no_random(0): return [tuple(o.detach().as_subclass(Tensor).to(device) for o in b[:2]) for b in islice(dl, n)]
 
 # %% ../../nbs/data/01_pixels.ipynb #f6422347
 def example_images(

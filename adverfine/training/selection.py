@@ -19,6 +19,7 @@ from ..files import write_atomic
 from ..networks.modes import bare
 from ..attacks.attack import Attack
 from ..attacks.gradient import PGD
+from ..compression.quantizers import Quantizer
 from ..evaluation.metric import RobustAccuracy
 from .adversarial import AdversarialBatches
 
@@ -29,7 +30,7 @@ class _AfterTraining(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         self.begun = False
-        self.weights = None
+        self.weights = self.form = None
     def before_epoch(self): self.trained = self.whole = False
     def before_train(self):
         if not self.begun: self.begin()
@@ -46,12 +47,15 @@ def _copied_weights(model):
     "A copy of all that `model` has learned, on the CPU"
     return {k: v.detach().cpu().contiguous().clone() for k,v in bare(model).state_dict().items()}
 
-def _fit_each_other(a, b): return {k: v.shape for k,v in a.items()}=={k: v.shape for k,v in b.items()}
+def _form(model):
+    "What weights have to share to be comparable: their shapes, and bits where they are rounded"
+    shapes = {k: v.shape for k,v in bare(model).state_dict().items()}
+    return shapes,[m.bits for m in bare(model).modules() if isinstance(m, Quantizer)]
 
 # %% ../../nbs/training/04_selection.ipynb #c41d9665
 class KeepMostRobust(_AfterTraining, TrackerCallback):
     """Keep the weights with the highest `RobustAccuracy` and restore them when the fit ends; a change of shapes
-    (pruning) starts the search afresh; [arXiv 2002.11569](https://arxiv.org/abs/2002.11569)"""
+    or bits starts the search afresh; [arXiv 2002.11569](https://arxiv.org/abs/2002.11569)"""
     order = 61
     def __init__(self,
         fname:str='best_robust'): # The weights are also in `learn.path/learn.model_dir`, as `fname`.safetensors
@@ -69,16 +73,18 @@ class KeepMostRobust(_AfterTraining, TrackerCallback):
         self.epoch_of_best = None
 
     def inspect(self):
-        weights = _copied_weights(self.model)
-        if self.weights is None or not _fit_each_other(weights, self.weights): self.best = -float('inf')
+        form,self.form = self.form,_form(self.model)
+        if self.form!=form:
+            self.best = -float('inf')
+            self.weights = None
         TrackerCallback.after_epoch(self)
         self.last = self.recorder.values[-1][self.idx]
         if not self.new_best: return
         self.epoch_of_best = self.epoch
-        self.weights = weights
+        self.weights = _copied_weights(self.model)
         file = join_path_file(self.fname, self.learn.path/self.learn.model_dir, ext='.safetensors')
         note = dict(epoch=str(self.epoch), robust_accuracy=str(self.best))
-        if not rank_distrib(): write_atomic(file, save(weights, metadata=note))
+        if not rank_distrib(): write_atomic(file, save(self.weights, metadata=note))
 
     def after_fit(self):
         if self.weights is not None: bare(self.model).load_state_dict(self.weights)
@@ -119,13 +125,12 @@ class StopOnCatastrophe(_AfterTraining):
 
     def inspect(self):
         before,self.last = self.last,self.metric.value
-        weights = _copied_weights(self.model)
-        comparable = self.weights is not None and _fit_each_other(weights, self.weights)
-        if comparable and before-self.last>self.threshold:
+        form,self.form = self.form,_form(self.model)
+        if self.form==form and before-self.last>self.threshold:
             warnings.warn(f"catastrophic overfitting in epoch {self.epoch}: accuracy under {self.metric.attack.name} "
                           f"fell from {before:.3f} to {self.last:.3f}; "
                           "train with PGD of 2 or more steps, a smaller eps, or N-FGSM")
             if self.stop:
                 bare(self.model).load_state_dict(self.weights)
                 raise CancelFitException()
-        self.weights = weights
+        self.weights = _copied_weights(self.model)

@@ -27,7 +27,7 @@ def bit_stages(
     stages = [(max(w, b), max(x, b)) for b in halved]
     return [o for i,o in enumerate(stages) if o not in stages[:i]]
 
-# %% ../../nbs/compression/08_gradual.ipynb #992807ec
+# %% ../../nbs/compression/08_gradual.ipynb #aa4fe14f
 @delegates(quantize, but=['model', 'bits', 'batches'])
 class Quantization(Callback):
     "Make the network a fake-quantized one during a fit; the optimizer learns the step sizes too"
@@ -53,27 +53,6 @@ class Quantization(Callback):
         self.still = still
         self.n_batches = n_batches
         self.options = kwargs
-
-    def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        if not self.run: return
-        self.there = self.stages[-1] in bits_of(self.model)
-        self.stage = self.stages[-1] if self.there else None
-        for cb in self.learn.cbs:
-            if isinstance(cb, StructuredPruning): self._check_pruning(cb)
-
-    def before_train(self):
-        stage = self.stage if self.there else self.stage_of(self.epoch, self.n_epoch)
-        if stage not in (None, self.stage): self.learn.quantize(stage, self.n_batches, **self.options)
-        self.stage = stage
-        if self._stands_still():
-            for m in self.model.modules():
-                if isinstance(m, batch_norms): m.eval()
-
-    def before_step(self):
-        if not self._stands_still(): return
-        for m in self.model.modules():
-            if isinstance(m, Quantizer): m.log_gain.grad = None
 
 # %% ../../nbs/compression/08_gradual.ipynb #d36c5693
 def bits_of(
@@ -104,3 +83,28 @@ def _check_pruning(self:Quantization, pruning):
         raise ValueError(f"StructuredPruning(end={pruning.end}) still cuts in epoch {pruning.last_cut(self.n_epoch)}, "
                          f"and a network that is quantized in epoch {first} cannot be cut: let the one end "
                          "where the other starts, as in StructuredPruning(.5, end=.5), Quantization(4, start=.5)")
+
+# %% ../../nbs/compression/08_gradual.ipynb #efa42238
+@patch
+def before_fit(self:Quantization):
+    self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+    if not self.run: return
+    self.there = self.stages[-1] in bits_of(self.model)
+    self.stage = self.stages[-1] if self.there else None
+    for cb in self.learn.cbs:
+        if isinstance(cb, StructuredPruning): self._check_pruning(cb)
+
+@patch
+def before_train(self:Quantization):
+    stage = self.stage if self.there else self.stage_of(self.epoch, self.n_epoch)
+    if stage not in (None, self.stage): self.learn.quantize(stage, self.n_batches, **self.options)
+    self.stage = stage
+    if self._stands_still():
+        for m in self.model.modules():
+            if isinstance(m, batch_norms): m.eval()
+
+@patch
+def before_step(self:Quantization):
+    if not self._stands_still(): return
+    for m in self.model.modules():
+        if isinstance(m, Quantizer): m.log_gain.grad = None

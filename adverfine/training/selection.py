@@ -43,11 +43,17 @@ class _AfterTraining(Callback):
         if self.whole: self.inspect()
     def after_fit(self): self.weights = None
 
+    def changed(self):
+        "Have shapes or bits changed since the last call? Weights from before are of no use then"
+        form,self.form = self.form,_shapes_and_bits(self.model)
+        if self.form!=form: self.weights = None
+        return self.form!=form
+
 def _copied_weights(model):
     "A copy of all that `model` has learned, on the CPU"
     return {k: v.detach().cpu().contiguous().clone() for k,v in bare(model).state_dict().items()}
 
-def _form(model):
+def _shapes_and_bits(model):
     "What weights have to share to be comparable: their shapes, and bits where they are rounded"
     shapes = {k: v.shape for k,v in bare(model).state_dict().items()}
     return shapes,[m.bits for m in bare(model).modules() if isinstance(m, Quantizer)]
@@ -73,10 +79,7 @@ class KeepMostRobust(_AfterTraining, TrackerCallback):
         self.epoch_of_best = None
 
     def inspect(self):
-        form,self.form = self.form,_form(self.model)
-        if self.form!=form:
-            self.best = -float('inf')
-            self.weights = None
+        if self.changed(): self.best = -float('inf')
         TrackerCallback.after_epoch(self)
         self.last = self.recorder.values[-1][self.idx]
         if not self.new_best: return
@@ -125,8 +128,7 @@ class StopOnCatastrophe(_AfterTraining):
 
     def inspect(self):
         before,self.last = self.last,self.metric.value
-        form,self.form = self.form,_form(self.model)
-        if self.form==form and before-self.last>self.threshold:
+        if not self.changed() and before-self.last>self.threshold:
             warnings.warn(f"catastrophic overfitting in epoch {self.epoch}: accuracy under {self.metric.attack.name} "
                           f"fell from {before:.3f} to {self.last:.3f}; "
                           "train with PGD of 2 or more steps, a smaller eps, or N-FGSM")

@@ -238,3 +238,10 @@ def test_intervals_in_table_and_figure_lean_as_wilsons_do():
         clean = bars[0].get_segments()[0][:,1]
         assert clean==pytest.approx([df.clean_low.mean(), df.clean_high.mean()])
         assert len(bars)==2*len(df)     # clean and robust, and for several seeds a broad bar beside each
+
+def test_the_figure_says_that_stronger_attacks_followed():
+    cell = dict(data='digits', seed=0, parent='standard', compression='none', level=0, fine_tuning='standard',
+                attack='PGD-20', eps=.1, params=1, macs=1, bytes=1, latency_ms=1., seconds=1., verdict='trusted')
+    for more,title in ((dict(escalated=True), 'PGD-20, escalated, eps'), ({}, 'PGD-20, eps')):
+        row = completed(dict(cell, clean=.9, robust=.5, n=100) | more)
+        assert title in plot_study(pd.DataFrame([row])).get_suptitle()

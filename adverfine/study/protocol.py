@@ -117,13 +117,13 @@ def evaluation_passes(
 # %% ../../nbs/study/00_protocol.ipynb #121d3441
 row_columns = ('data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params '
                'macs bytes latency_ms seconds version clean_low clean_high robust_low robust_high split passes '
-               'verdict broken reasons').split()
+               'verdict broken reasons escalated').split()
 
 def completed(
     row:dict, # Perhaps of an older version
 ) -> dict:
     "`row` with what follows from the rest of it: intervals, and what was always so before there was a column for it"
-    new = dict(version='unknown', split='test', broken=False)
+    new = dict(version='unknown', split='test', broken=False, escalated=False)
     for what in ('clean', 'robust'):
         low,high = interval(row[what], row['n'])
         new |= {f'{what}_low': low, f'{what}_high': high, f'{what}_ci': (high-low)/2}
@@ -137,7 +137,7 @@ def judged(
     robust = report.robust if after is None else report.robust_after[after]
     return completed(dict(clean=report.clean, robust=robust, n=report.n, split=report.split, verdict=report.verdict,
                           broken=report.broken, reasons='; '.join(report.reasons),
-                          passes=round(sum(report.passes.values())/report.n, 1)))
+                          passes=round(sum(report.passes.values())/report.n, 1), escalated=report.escalated))
 
 # %% ../../nbs/study/00_protocol.ipynb #7ae7bfe2
 may_differ = ('out', 'path', 'download', 'levels', 'bits', 'fine_tunings', 'parents', 'seeds')

@@ -110,7 +110,8 @@ def plot_study(
         for ax,kind in zip(row, kinds): _panel(ax, df[df.parent==parent], kind)
         row[0].set_ylabel('accuracy' if len(parents)==1 else f'accuracy ({parent} parent)')
     first = df.iloc[0]
-    fig.suptitle(f'{first.data}: {first.attack}, eps {first.eps:.3g} in pixels, {first.n} test images', fontsize=11)
+    attack = f'{first.attack}, escalated' if first.get('escalated', False) else first.attack
+    fig.suptitle(f'{first.data}: {attack}, eps {first.eps:.3g} in pixels, {first.n} test images', fontsize=11)
     handles,labels = axs[0,0].get_legend_handles_labels()
     if handles: fig.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     return fig

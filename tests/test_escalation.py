@@ -10,12 +10,11 @@ from adverfine.data.sources import digits_dls
 from adverfine.attacks.triage import Triage
 from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.square import Square
-from adverfine.attacks.autoattack import AutoAttack
 from adverfine.attacks.surrogates import inner_networks, Inside, Smoothed, StraightThrough
-from adverfine.attacks.scoring import score
 from adverfine.evaluation.escalation import check_budget
 from adverfine.evaluation.robustness import check_alone, evaluate
 from adverfine.training.adversarial import AdversarialTraining
+from adverfine.bench.adaptive import contest_run
 import adverfine.compression.quantization, fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 
 class Then(nn.Module):
@@ -230,7 +229,7 @@ wrappers = dict(
 def truth(nets):
     "Robust accuracy of what is wrapped"
     made,x,y = nets
-    return score(made['standard'], AutoAttack(.1), x, y).robust
+    return contest_run('standard', made['standard'], x, y, .1)['robust']
 
 @pytest.mark.parametrize('name', wrappers)
 def test_what_hides_gradients_is_got_around(nets, truth, name):

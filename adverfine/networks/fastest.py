@@ -181,7 +181,7 @@ def _chosen(model, x, names, timed):
         network = _form(name, model, x)
         if network is not None: return name,network
     forms = {name: o for name in names if (o := _form(name, model, x)) is not None}
-    if not forms: return None
+    if len(forms)<2: return next(iter(forms.items()), None)
     try: _known[key] = _times(forms, x)
     except RuntimeError: return None            # without a gradient there is nothing to craft
     _keep(key, _known[key])

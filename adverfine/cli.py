@@ -199,7 +199,7 @@ def _add_bench(commands):
     from adverfine.bench.menu import benchmarks
     add = _command(commands, _bench, 'measure speed on this machine')
     add('what', choices=list(benchmarks), help='; '.join(f'{k}: {text}' for k,text in benchmarks.items()))
-    add('--n', type=int, help='images for evaluation and adaptive (1000), targeted (256), the AutoAttack of recipes (200)')
+    add('--n', type=int, help='images; default: 1000 for evaluation and adaptive, 256 for targeted, 200 for recipes')
     add('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
     add('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
     add('--seed', type=int, default=0, help='of recipes and bits')

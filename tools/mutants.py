@@ -22,6 +22,7 @@ os.environ.update(OMP_NUM_THREADS='1', MPLBACKEND='agg')
 # What belongs to a module besides its own page: tests, and other pages, as arguments of pytest
 _attacks = ['tests/test_attacks.py', 'tests/test_gradient_attacks.py']
 _autoattack = ['tests/test_autoattack.py']
+_escalation = 'tests/test_escalation.py'
 _pruning = ['tests/test_pruning.py']
 _quantization = ['tests/test_quantization.py']
 _deployment = ['tests/test_deployment.py']
@@ -39,13 +40,15 @@ belongs = {
     'networks.optimizers':      [*_pruning, _sees('optimizer or state_is_cut')],
     'networks.cost':            ['tests/test_cost.py'],
     'networks.precision':       ['tests/test_attacks.py', 'tests/test_training.py -k "bf16 or precision"'],
-    'networks.fused':           ['tests/test_attacks.py'],
+    'networks.fused':           ['tests/test_fused.py'],
+    'networks.fastest':         ['tests/test_fastest.py'],
     'data.images':              ['tests/test_data.py'],
     'data.pixels':              ['tests/test_data.py', *_pruning],
     'data.sources':             ['tests/test_data.py'],
     'attacks.attack':           _attacks,
     'attacks.losses':           [*_attacks, *_autoattack],
-    'attacks.scoring':          ['tests/test_report.py', *_attacks],
+    'attacks.scoring':          ['tests/test_passes.py', 'tests/test_report.py', *_attacks],
+    'attacks.standing':         [*_autoattack, 'tests/test_attacks.py'],
     'attacks.gradient':         ['tests/test_gradient_attacks.py', 'tests/test_sparse_attacks.py'],
     'attacks.adaptive':         [*_attacks, 'tests/test_random_networks.py'],
     'attacks.torchattacks':     ['tests/test_attacks.py'],
@@ -54,7 +57,9 @@ belongs = {
     'attacks.fab':              _autoattack,
     'attacks.fmn':              ['tests/test_fmn.py'],
     'attacks.square':           [*_autoattack, 'tests/test_sparse_attacks.py'],
+    'attacks.triage':           [*_autoattack, _escalation],
     'attacks.autoattack':       _autoattack,
+    'attacks.surrogates':       ['tests/test_guards.py', _escalation],
     'compression.channels':     [*_pruning,
                                  _sees('head or taylor or criteri or twice or stream or refuses or sees')],
     'compression.importance':   [*_pruning, _sees('taylor or criteri')],
@@ -64,9 +69,12 @@ belongs = {
     'compression.sensitivity':  _pruning,
     'compression.quantizers':   [*_quantization, _sees('formula or calibrat')],
     'compression.quantization': [*_quantization, _sees('formula or keeps_its_state or calibrat')],
+    'compression.gradual':      ['tests/test_gradual.py'],
     'evaluation.cases':         ['tests/test_guards.py'],
     'evaluation.guards':        ['tests/test_guards.py'],
+    'evaluation.escalation':    [_escalation],
     'evaluation.report':        ['tests/test_report.py'],
+    'evaluation.state':         [_escalation],
     'evaluation.robustness':    ['tests/test_report.py', 'tests/test_evaluation.py'],
     'evaluation.metric':        ['tests/test_evaluation.py'],
     'deployment.description':   ['tests/test_checkpoint.py'],
@@ -79,6 +87,8 @@ belongs = {
     'training.objectives':      ['tests/test_objectives.py'],
     'training.adversarial':     [*_training, 'tests/test_composition.py'],
     'training.free':            _training,
+    'training.nuclear':         ['tests/test_one_step_training.py'],
+    'training.prior':           ['tests/test_one_step_training.py'],
     'training.selection':       [*_training, 'tests/test_integration.py'],
     'training.averaging':       _training,
     'training.perturbation':    _training,
@@ -93,6 +103,8 @@ belongs = {
     'bench.inference':          [],
     'bench.training':           [],
     'bench.recipes':            [],
+    'bench.adaptive':           [],
+    'bench.menu':               ['tests/test_cli.py'],
     'cli':                      ['tests/test_study.py', 'tests/test_integration.py']}
 
 def path_of(module): return Path('adverfine', *module.split('.')).with_suffix('.py')

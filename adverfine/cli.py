@@ -62,7 +62,7 @@ def _add_study(commands):
     add('--path', help='folder of the data set')
     add('--paper', action='store_true', help='the threat model of arXiv 2403.09441 for training and testing')
     add('--escalate', action=argparse.BooleanOptionalAction, help='go on after PGD; default: yes, but not with --paper')
-    add('--bf16', action=argparse.BooleanOptionalAction, help='use bfloat16; default: where the hardware has it')
+    add('--bf16', action=argparse.BooleanOptionalAction, help='use bfloat16; default: where that is faster here')
     add('--download', action='store_true', help='let torchvision download the data set')
 
 # %% ../nbs/02_cli.ipynb #124b1247

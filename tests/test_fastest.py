@@ -2,11 +2,20 @@
 import copy, json, os, subprocess, sys
 import pytest, torch
 from torch import nn
-from adverfine.networks import fastest as room
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+import fastai.callback.progress  # noqa: F401 verbs of a Learner
+from adverfine.networks import fastest as room, timings
 from adverfine.networks.fastest import Faster, fastest
 from adverfine.networks.modes import frozen
+from adverfine.networks.precision import in_bf16
 from adverfine.networks.zoo import cnn8, resnet18_cifar
+from adverfine.data.sources import digits_dls
 from adverfine.compression.quantization import quantize
+from adverfine.training import acceleration
+from adverfine.training.acceleration import BF16, trains_faster_in_bf16
+from adverfine.study import study
+from adverfine.study.study import Study
 
 forms = 'as it is', 'channels_last', 'fused', 'bf16', 'fused bf16'
 
@@ -15,7 +24,7 @@ def fresh(monkeypatch, tmp_path):
     "Nothing is remembered, and the user's cache is left alone"
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.delenv('ADVERFINE_FASTEST', raising=False)
-    monkeypatch.setattr(room, '_known', {})
+    monkeypatch.setattr(timings, '_known', {})
     torch.manual_seed(0)
     return tmp_path/'adverfine'/'fastest.json'
 
@@ -88,8 +97,8 @@ def test_bf16_has_to_be_worth_it(timed, monkeypatch):
     net,x = _small()
     seconds |= {'channels_last': .8, 'bf16': .75, 'fused bf16': 9.}
     assert fastest(net, x).name=='channels_last'
-    room._known.clear()
-    room._file().unlink()
+    timings._known.clear()
+    timings._file().unlink()
     seconds['bf16'] = .6
     assert fastest(net, x).name=='bf16'
     assert fastest(net, x, bf16=False).name=='channels_last'
@@ -103,7 +112,7 @@ def test_it_is_timed_once(timed, fresh):
     assert [fastest(net, x, bf16=False).name for _ in range(3)]==['channels_last']*3 and len(calls)==1
     assert fastest(cnn8(size=8), torch.rand_like(x), bf16=False).name=='channels_last' and len(calls)==1   # of its kind
     seconds['fused'] = .01
-    room._known.clear()                         # another process
+    timings._known.clear()                         # another process
     assert fastest(net, x, bf16=False).name=='channels_last' and len(calls)==1
     others = (net, x[:3]), (nn.Sequential(net, nn.Identity()), x)
     assert [fastest(*o, bf16=False).name for o in others]==['fused']*2 and len(calls)==3
@@ -117,10 +126,10 @@ def test_a_damaged_file_does_no_harm(content, timed, fresh):
     net,x = _small()
     names = room._candidates(net, x, False)
     fresh.parent.mkdir()
-    if isinstance(content, str): content = content.replace('KEY', room._key(net, x, names)).encode()
+    if isinstance(content, str): content = content.replace('KEY', timings.key_of(net, x, names)).encode()
     fresh.write_bytes(content)
     fastest(net, x, bf16=False)
-    assert len(calls)==1 and set(json.loads(fresh.read_text()))=={room._key(net, x, names)}
+    assert len(calls)==1 and set(json.loads(fresh.read_text()))=={timings.key_of(net, x, names)}
 
 def test_a_file_that_cannot_be_written_does_no_harm(timed, fresh):
     net,x = _small()
@@ -128,9 +137,9 @@ def test_a_file_that_cannot_be_written_does_no_harm(timed, fresh):
     assert fastest(net, x).name in forms and fastest(net, x).name in forms and len(timed[1])==1
 
 def test_the_file_does_not_grow_for_ever(fresh):
-    for k in range(3): room._keep(f'new{k}', dict(fused=1.))
-    room.write_atomic(fresh, json.dumps({str(k): dict(fused=1.) for k in range(5000)}))
-    room._keep('last', dict(fused=2.))
+    for k in range(3): timings.remember(f'new{k}', dict(fused=1.))
+    timings.write_atomic(fresh, json.dumps({str(k): dict(fused=1.) for k in range(5000)}))
+    timings.remember('last', dict(fused=2.))
     kept = json.loads(fresh.read_text())
     assert len(kept)==1000 and kept['last']==dict(fused=2.) and '0' not in kept
 
@@ -138,17 +147,17 @@ def test_slow_networks_run_a_few_times_only(monkeypatch):
     "Eight passes of the slowest at most, and those that cannot win run once"
     now,passes = [0.],[]
     cost = {'as it is': 10., 'channels_last': 9., 'fused': 8., 'bf16': 30., 'fused bf16': 8.5}
-    def seconds(network, x):
-        passes.append(network)
-        now[0] += cost[network]
-        return cost[network]
-    monkeypatch.setattr(room, '_seconds', seconds)
-    monkeypatch.setattr(room.time, 'perf_counter', lambda: now[0])
-    assert room._times({name: name for name in forms}, None)==cost
+    def seconds(name, x):
+        passes.append(name)
+        now[0] += cost[name]
+        return cost[name]
+    monkeypatch.setattr(timings, '_seconds', seconds)
+    monkeypatch.setattr(timings.time, 'perf_counter', lambda: now[0])
+    assert timings.best_times({name: name for name in forms}, None)==cost
     assert len(passes)==8 and passes.count('bf16')==1
     passes.clear()
     cost = {name: o/10_000 for name,o in cost.items()}      # of a fast network the warm-up does not count
-    room._times({name: name for name in forms}, None)
+    timings.best_times({name: name for name in forms}, None)
     assert passes.count('bf16')==2 and passes.count('fused')==7
 
 class Choosy(nn.Module):
@@ -225,8 +234,8 @@ def test_the_environment_has_the_last_word_but_one(timed, monkeypatch):
 def test_within_no_grad_and_inference_mode():
     net,x = _small()
     for mode in torch.no_grad, torch.inference_mode:
-        room._known.clear()
-        room._file().unlink(missing_ok=True)
+        timings._known.clear()
+        timings._file().unlink(missing_ok=True)
         with mode(): fast = fastest(net, x+0)
         assert _input_gradient(fast, x).any()
 
@@ -234,7 +243,7 @@ def test_another_process_chooses_alike(fresh):
     "By the file, without timing"
     code = '''
 import torch
-from adverfine.networks import fastest as room
+from adverfine.networks import fastest as room, timings
 from adverfine.networks.zoo import cnn8
 if {again}: room._times = None
 print(room.fastest(cnn8(size=8), torch.rand(16, 1, 8, 8)).name)'''
@@ -245,3 +254,69 @@ print(room.fastest(cnn8(size=8), torch.rand(16, 1, 8, 8)).name)'''
         assert not out.returncode, out.stderr
         said.append(out.stdout.strip())
     assert said[0]==said[1] and said[0] in forms
+
+# --- the precision of training
+
+@pytest.fixture
+def steps(monkeypatch):
+    "Seconds of a training step in each precision, in place of what a clock would say, and how often it was asked"
+    seconds,calls = dict(float32=1., bf16=.5),[]
+    def times(runs, x):
+        calls.append(sorted(runs))
+        for run in runs.values(): run()
+        return dict(seconds)
+    monkeypatch.setattr(acceleration, 'best_times', times)
+    monkeypatch.setattr(acceleration, 'bf16_is_fast', lambda device: True)
+    return seconds,calls
+
+def test_bf16_trains_where_it_is_faster(steps, fresh, monkeypatch):
+    seconds,calls = steps
+    net,x = _small()
+    before = {k: v.clone() for k,v in net.state_dict().items()}
+    state = torch.get_rng_state()
+    assert trains_faster_in_bf16(net, x) and trains_faster_in_bf16(net, x) and calls==[['bf16', 'float32']]
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.training and all(p.grad is None and p.is_contiguous() for p in net.parameters())
+    seconds['bf16'] = .9
+    timings._known.clear()                                    # another process
+    assert trains_faster_in_bf16(net, x) and len(calls)==1
+    assert not trains_faster_in_bf16(net, x[:9]) and len(calls)==2      # less than 15 %
+    for told,said in ('bf16', True), ('fused', False), ('untimed', True):
+        monkeypatch.setenv('ADVERFINE_FASTEST', told)
+        assert trains_faster_in_bf16(net, x[:9]) is said and len(calls)==2
+    monkeypatch.delenv('ADVERFINE_FASTEST')
+    monkeypatch.setattr(acceleration, 'bf16_is_fast', lambda device: False)
+    assert not trains_faster_in_bf16(net, x) and len(calls)==2
+
+def test_any_network_can_be_asked_for_its_precision(steps):
+    net,x = _small()
+    quantize(net, 4, [x])
+    for o in net, Uncopied(), Choosy(), Rounded(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout()).eval():
+        assert trains_faster_in_bf16(o, x)
+
+@pytest.mark.parametrize('faster', [True, False])
+def test_a_fit_takes_the_faster_precision(steps, faster):
+    steps[0]['bf16'] = .5 if faster else 2.
+    said = []
+    class Said(Callback):
+        def after_pred(self): said.append(in_bf16(self.model))
+    learn = Learner(digits_dls(n_train=200, bs=64), cnn8(size=8), cbs=[BF16(if_faster=True), Said()])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        learn.fit(1)
+    assert set(said)=={faster} and len(steps[1])==1 and not in_bf16(learn.model)
+
+@pytest.mark.parametrize('faster', [True, False])
+def test_a_study_settles_its_precision_once(steps, faster, tmp_path, monkeypatch):
+    steps[0]['bf16'] = .5 if faster else 2.
+    x = torch.rand(8, 3, 32, 32)
+    first,second = (Study('cifar10', out=tmp_path) for _ in range(2))
+    assert first.bf16 is None
+    first.claim(x)
+    assert first.bf16 is faster and len(steps[1])==1
+    monkeypatch.setattr(study, 'trains_faster_in_bf16', None)           # whoever comes later takes it from the folder
+    second.claim(x)
+    assert second.bf16 is faster
+    with pytest.raises(ValueError, match=f'bf16 is {faster} there and {not faster} here'):
+        Study('cifar10', out=tmp_path, bf16=not faster).claim()

@@ -41,6 +41,7 @@ belongs = {
     'networks.cost':            ['tests/test_cost.py'],
     'networks.precision':       ['tests/test_attacks.py', 'tests/test_training.py -k "bf16 or precision"'],
     'networks.fused':           ['tests/test_fused.py'],
+    'networks.timings':         ['tests/test_fastest.py'],
     'networks.fastest':         ['tests/test_fastest.py'],
     'data.images':              ['tests/test_data.py'],
     'data.pixels':              ['tests/test_data.py', *_pruning],

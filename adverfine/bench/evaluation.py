@@ -17,7 +17,6 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 from ..networks.zoo import cnn8
-from ..networks.precision import bf16_is_fast
 from ..data.pixels import pixels
 from ..data.sources import fashion_mnist_dls
 from ..attacks.scoring import Judge
@@ -72,8 +71,7 @@ def tough_cnn8(
     with no_random(0):
         dls = make_dls(n_train=n_train, **kwargs)
         learn = Learner(dls, cnn8(size=dls.valid.dataset.x.shape[-1]), loss_func=nn.CrossEntropyLoss())
-        cbs = [AdversarialTraining(PGD(.05, steps=5))]
-        if bf16_is_fast(): cbs.append(BF16())
+        cbs = [AdversarialTraining(PGD(.05, steps=5)), BF16(if_faster=True)]
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3, cbs=cbs)
     return learn.model.eval(),*pixels(dls.test)
 

@@ -24,7 +24,6 @@ import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of
 import adverfine.compression.pruning, adverfine.compression.quantization, adverfine.training.recipes  # noqa: F401
 from ..files import locked, write_atomic
 from ..networks.zoo import cnn8
-from ..networks.precision import bf16_is_fast
 from ..data.pixels import pixels
 from ..data.sources import data_sets
 from ..attacks.gradient import FGSMRS, NFGSM, PGD
@@ -105,7 +104,7 @@ class _Folder:
             if not file.exists(): write_atomic(file, content)
 
 # %% ../../nbs/bench/04_recipes.ipynb #a3e99d27
-def _fast_here(): return [BF16()] if bf16_is_fast() else []
+def _fast_here(): return [BF16(if_faster=True)]
 
 def _robust_cnn8(dls, seed, epochs=4):
     "A dense `cnn8`, adversarially trained"

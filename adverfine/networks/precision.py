@@ -33,9 +33,9 @@ def _speedup_in_bf16(turns=5):
 
 @cache
 def _cpu_is_fast_in_bf16():
+    if not torch.backends.mkldnn.is_available(): return False
     has = getattr(torch.cpu, 'get_capabilities', dict)()
-    if 'avx512_bf16' not in has: return _speedup_in_bf16()>1.3
-    return torch.backends.mkldnn.is_available() and (has['avx512_bf16'] or has.get('amx_tile', False))
+    return bool(has.get('avx512_bf16') or has.get('amx_tile')) or _speedup_in_bf16()>1.3
 
 def bf16_is_fast(
     device:str=None, # 'cpu' or 'cuda'; default: the GPU where there is one

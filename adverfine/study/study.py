@@ -26,11 +26,10 @@ import adverfine.compression.quantization, adverfine.evaluation.robustness  # no
 from .. import __version__
 from ..files import locked, write_atomic
 from ..networks.cost import cost
-from ..networks.precision import bf16_is_fast
 from ..data.sources import data_sets
 from ..attacks.gradient import PGD
 from ..compression.pruning import prune
-from ..training.acceleration import BF16
+from ..training.acceleration import BF16, trains_faster_in_bf16
 from ..training.adversarial import AdversarialTraining
 from .protocol import (Cell, check_protocol, completed, defaults, evaluation_passes, judged,
                                       may_differ, row_columns, study_networks, training_passes, versions)
@@ -57,7 +56,7 @@ class Study:
     paper:bool=False             # The reference's threat model instead
     n_train:int=None             # Use only so many training images, validation included
     n_test:int=None              # Evaluate on only so many test images
-    bf16:bool=None               # Train and craft in bfloat16; default: where the hardware has it
+    bf16:bool=None               # Train and craft in bfloat16; default: where that is faster here
     path:str=None                # Folder of the data set
     download:bool=False          # Let torchvision download it
     escalate:bool=None           # Go on with stronger attacks until none finds more? Default: yes, with `paper` no
@@ -67,7 +66,6 @@ class Study:
         if self.paper and self.eps is not None:
             raise ValueError(f"eps={self.eps} contradicts paper=True, which fixes eps={given['eps']:.4g} in pixels: "
                              "leave one of them out")
-        if self.bf16 is None and 'bf16' not in given: self.bf16 = bf16_is_fast()
         for name,value in given.items():
             if getattr(self, name) is None: setattr(self, name, value)
         self.out = Path(self.out or f'studies/{self.data}')
@@ -106,12 +104,14 @@ def _load(path):
         raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
 
 @patch
-def claim(self:Study):
+def claim(self:Study, x=None): # Images (N,C,H,W), a batch as large as those to train on; needed if `bf16` is left open
     "Make the output folder this study's, or raise a `ValueError` if it is another's"
     if self.out.exists() and not self.out.is_dir(): raise ValueError(f"out={self.out} is a file: name a folder")
-    mine = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in may_differ}
     file = self.out/'study.json'
     with locked(self.out):
+        if self.bf16 is None and file.exists(): self.bf16 = _load(file)['study']['bf16']
+        if self.bf16 is None: self.bf16 = trains_faster_in_bf16(study_networks[self.data]().to(x.device), x)
+        mine = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in may_differ}
         if not file.exists(): write_atomic(file, json.dumps(dict(study=mine, version=__version__), indent=1))
     theirs = dict(escalate=self.escalate) | _load(file)['study']  # folders of older versions do not name that
     odd = [f'{k} is {theirs.get(k)!r} there and {v!r} here' for k,v in mine.items() if theirs.get(k)!=v]
@@ -235,7 +235,7 @@ def run(self:Study,
     dls = data_sets[self.data](bs=self.bs, normalize=(.5,.5), n_train=self.n_train, n_test=self.n_test, **kw)
     if self.levels:  # can it be done? better known now than after hours
         prune(study_networks[self.data](), max(self.levels), dls.valid.one_batch()[0][:1].cpu())
-    self.claim()
+    self.claim(dls.valid.one_batch()[0][:self.bs])
     todo = [c for c in self.cells() if not self._cell_file(c).exists()]
     with tqdm(total=self._work(len(dls.train.dataset), len(dls.test.dataset)), disable=not progress, smoothing=0,
               leave=False, mininterval=.1 if sys.stderr.isatty() else 30, bar_format=_bar_format) as bar:

@@ -18,7 +18,6 @@ from fastai.torch_core import no_random
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 import adverfine.compression.pruning, adverfine.compression.quantization  # noqa: F401 verbs of a Learner
 import adverfine.evaluation.robustness  # noqa: F401 verb of a Learner
-from ..networks.precision import bf16_is_fast
 from ..attacks.attack import Attack
 from ..attacks.gradient import FGSMRS, PGD
 from ..evaluation.report import RobustnessReport
@@ -44,7 +43,7 @@ def adversarial_fine_tune(self:Learner,
     "Fine-tune on adversarial images by the recipe that held up best at equal seconds"
     if not isinstance(attack, Attack): attack = FGSMRS(attack)
     recipe = [AdversarialTraining(attack, objective, teacher), WeightAverage(decay), StopOnCatastrophe()]
-    if bf16_is_fast() and not any(isinstance(cb, BF16) for cb in [*self.cbs, *L(cbs)]): recipe.append(BF16())
+    if not any(isinstance(cb, BF16) for cb in [*self.cbs, *L(cbs)]): recipe.append(BF16(if_faster=True))
     self.fit_one_cycle(epochs, lr, cbs=[*recipe, *L(cbs)], **kwargs)
     return self
 

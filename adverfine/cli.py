@@ -193,7 +193,7 @@ def _bench(args):
         if k!='parts': print(f'{k:20} {v}')
     if 'parts' in result: print('\n' + pd.DataFrame(result['parts']).to_string(index=False))
 
-_bench_options = 'n','rounds','seconds','seed','cifar10','out','path'
+_bench_options = 'n','rounds','network','seconds','seed','cifar10','out','path'
 
 def _add_bench(commands):
     from adverfine.bench.menu import benchmarks
@@ -201,10 +201,11 @@ def _add_bench(commands):
     add('what', choices=list(benchmarks), help='; '.join(f'{k}: {text}' for k,text in benchmarks.items()))
     add('--n', type=int, help='images; default: 1000 for evaluation and adaptive, 256 for targeted, 200 for recipes')
     add('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
+    add('--network', default='cnn8', help='of training: cnn8 (default) or resnet18')
     add('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
     add('--seed', type=int, default=0, help='of recipes and bits')
     add('--cifar10', help='folder of CIFAR-10, for adaptive')
-    add('--out', help='folder for results of adaptive, recipes and bits, which go on from there; default: studies/NAME')
+    add('--out', help='folder for results; adaptive, recipes and bits go on from there, with studies/NAME as default')
     add('--path', help='folder of the data set')
     add('--json', action='store_true', help='print JSON')
 

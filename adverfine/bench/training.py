@@ -227,7 +227,7 @@ def training_race(
 ) -> dict: # Images per second, and what follows from them; a row for each
     "Steps of adversarial training by adverfine and by others, in turns, each turn in a process of its own"
     race_setting(network)       # is there such a network?
-    asked = list(who or _contestants)
+    asked = list(_contestants if who is None else who)
     missing = [o for o in _packages if o in asked and not find_spec(_packages[o])]
     names = [o for o in asked if o not in missing]
     took = {o: [] for o in names}

@@ -43,11 +43,18 @@ def _bn_net():
 # in l2 a step follows the gradient itself: the sign of one that is nearly zero is decided by rounding
 deterministic = PGD(.5, norm='l2', steps=3, random_start=False)
 
+class InFloat64(nn.Module):
+    "In float32, rounding would grow with every step, and to what depends on the processor"
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.double()
+    def forward(self, x): return self.network(x.double()).float()
+
 def _train(bs, objective, **kwargs):
     set_seed(0)
     dls = digits_dls(bs=bs, n_train=142, normalize=(.5,.5))
     metrics = [accuracy, RobustAccuracy(deterministic)]
-    learn = Learner(dls, cnn8(size=8), opt_func=SGD, metrics=metrics, **kwargs)
+    learn = Learner(dls, InFloat64(cnn8(size=8)), opt_func=SGD, metrics=metrics, **kwargs)
     assert len(learn.dls.train.dataset)==128
     return learn, [AdversarialTraining(deterministic, objective() if objective else None)]
 
@@ -73,7 +80,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         _fit(learn, 4, .1, cbs)
         theirs = torch.load(tmp_path/f'{name}.pt', weights_only=True)
         moved = (_weights(learn)-begin).abs().max()
-        assert moved>.01 and (_weights(learn)-theirs['weights']).abs().max() < 1e-3*moved
+        assert moved>.01 and (_weights(learn)-theirs['weights']).abs().max() < 1e-6*moved
         assert torch.allclose(torch.tensor(learn.final_record[1:]), torch.tensor(theirs['record'][1:]), atol=.08)
 
 # --- what is left behind

@@ -209,11 +209,12 @@ class Compiled(nn.Module):
 
 def test_bfloat16_is_for_modules_that_are_neither_quantized_nor_compiled(monkeypatch):
     import adverfine.networks.fastest as room
+    from adverfine.networks import timings
     def as_bf16_wins(forms, x): return {name: .5 if 'bf16' in name else 1. for name in forms}
     monkeypatch.setattr(room, '_times', as_bf16_wins)
-    monkeypatch.setattr(room, '_known', {})
-    monkeypatch.setattr(room, '_kept', dict)
-    monkeypatch.setattr(room, '_keep', lambda key, times: None)
+    monkeypatch.setattr(timings, '_known', {})
+    monkeypatch.setattr(timings, '_kept', dict)
+    monkeypatch.setattr(timings, 'write_atomic', lambda file, text: None)
     monkeypatch.setattr(room, 'bf16_is_fast', lambda device: True)
     net,fake_quantized = _toy(),_toy()
     quantize(fake_quantized, 16, [toy_x])

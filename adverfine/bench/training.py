@@ -9,7 +9,7 @@ __all__ = ['race_steps', 'race_eps', 'warm_steps', 'race_setting', 'Clock', 'sec
            'training_race']
 
 # %% ../../nbs/bench/04_training.ipynb #dd1675ea
-import os, subprocess, sys, time
+import os, subprocess, sys
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
@@ -28,7 +28,7 @@ from ..data.images import image_dls
 from ..attacks.gradient import PGD
 from ..training.acceleration import BF16, Compile, keep_memory
 from ..training.adversarial import AdversarialTraining
-from .limit import layer_times, step_limit
+from .limit import clock, layer_times, step_limit
 
 # %% ../../nbs/bench/04_training.ipynb #b875cbc6
 race_steps = 7
@@ -50,23 +50,19 @@ def race_setting(
         parts = make(),torch.rand(bs, *shape),torch.randint(10, (bs,))
         return tuple(o.to('cuda' if gpu else 'cpu') for o in parts)
 
-def _clock():
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-    return time.perf_counter()
-
 class Clock(Callback):
     "Notes when each batch is done"
     order = 100
     run_valid = False
     def before_fit(self): self.times = []
-    def after_batch(self): self.times.append(_clock())
+    def after_batch(self): self.times.append(clock())
 
 def _timed(step, n):
     "Seconds of `n` steps"
     for _ in range(warm_steps): step()
-    start = _clock()
+    start = clock()
     for _ in range(n): step()
-    return _clock()-start
+    return clock()-start
 
 # %% ../../nbs/bench/04_training.ipynb #7a1f341a
 def seconds_by_learner(
@@ -80,9 +76,9 @@ def seconds_by_learner(
     train = (x.cpu()*255).byte()[i],y.cpu()[i]
     dls = image_dls(train, [o[:1] for o in train], range(10), bs=len(x), valid_pct=1e-6, device=x.device)
     learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss())
-    clock = Clock()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, *cbs])
-    return clock.times[-1]-clock.times[warm_steps-1]
+    watch = Clock()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[watch, *cbs])
+    return watch.times[-1]-watch.times[warm_steps-1]
 
 def _by_adverfine(network, n, *callbacks):
     "With one of each class in `callbacks`"

@@ -142,12 +142,12 @@ def test_looking_for_a_learning_rate_leaves_the_network_alone():
         learn.get_preds()
     assert bits_of(learn.model)==set()
 
-def test_the_best_of_many_bits_is_not_restored_into_few():
+def test_the_best_of_many_bits_is_not_restored_into_few(tmp_path):
     "More bits are more accurate: the best epoch is looked for among those that have the bits of the end"
     class Bits(Callback):
         order = 62
         def after_epoch(self): self.learn.notes.append(self.learn.keep.epoch_of_best)
-    learn = _learner(metrics=RobustAccuracy(PGD(.05, steps=1), name='robust'))
+    learn = _learner(metrics=RobustAccuracy(PGD(.05, steps=1), name='robust'), path=tmp_path)
     learn.notes,learn.keep = [],KeepMostRobust()
     _fit(learn, 4, Quantization(1, 'progressive'), learn.keep, Bits())
     assert learn.notes[:3]==[0, 1, 2] and learn.notes[3] in (2, 3)      # bits 8, 4, 1 and 1

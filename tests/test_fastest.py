@@ -257,6 +257,11 @@ print(room.fastest(cnn8(size=8), torch.rand(16, 1, 8, 8)).name)'''
 
 # --- the precision of training
 
+class Trouble(Callback):
+    "Before BF16 has seen a batch"
+    order = -9
+    def before_batch(self): raise RuntimeError('trouble')
+
 @pytest.fixture
 def steps(monkeypatch):
     "Seconds of a training step in each precision, in place of what a clock would say, and how often it was asked"
@@ -295,6 +300,24 @@ def test_any_network_can_be_asked_for_its_precision(steps):
     for o in net, Uncopied(), Choosy(), Rounded(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout()).eval():
         assert trains_faster_in_bf16(o, x)
 
+def test_a_network_that_somebody_listens_to_is_not_copied(steps):
+    "A copy of a hook may hold a copy of all that it knows, and what it notes would not be what is trained"
+    net,x = _small()
+    heard = []
+    net[0].register_forward_hook(lambda m, i, o: heard.append(1))
+    assert trains_faster_in_bf16(net, x) and not heard and not steps[1]
+
+@pytest.mark.parametrize('if_faster', [True, False])
+def test_a_learner_with_bf16_may_validate_before_it_is_fitted(steps, if_faster):
+    learn = Learner(digits_dls(n_train=200, bs=64), cnn8(size=8), cbs=BF16(if_faster=if_faster))
+    with learn.no_bar(), learn.no_logging():
+        learn.validate()
+        learn.fit(1)
+        learn.validate()
+        with pytest.raises(RuntimeError, match='trouble'): learn.fit(1, cbs=Trouble())
+        learn.validate()
+    assert not in_bf16(learn.model) and 'forward' not in vars(learn.model)
+
 @pytest.mark.parametrize('faster', [True, False])
 def test_a_fit_takes_the_faster_precision(steps, faster):
     steps[0]['bf16'] = .5 if faster else 2.
@@ -313,6 +336,7 @@ def test_a_study_settles_its_precision_once(steps, faster, tmp_path, monkeypatch
     x = torch.rand(8, 3, 32, 32)
     first,second = (Study('cifar10', out=tmp_path) for _ in range(2))
     assert first.bf16 is None
+    with pytest.raises(ValueError, match='bf16 is left open: give a batch'): first.claim()
     first.claim(x)
     assert first.bf16 is faster and len(steps[1])==1
     monkeypatch.setattr(study, 'trains_faster_in_bf16', None)           # whoever comes later takes it from the folder

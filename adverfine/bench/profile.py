@@ -8,7 +8,6 @@ Docs: https://adverfine.github.io/adverfine/bench/profile.html.md"""
 __all__ = ['step_profile', 'training_tables']
 
 # %% ../../nbs/bench/05_profile.ipynb #d0311389
-import json, subprocess, sys
 from pathlib import Path
 import torch, pandas as pd
 from fastai.callback.channelslast import ChannelsLast
@@ -18,7 +17,8 @@ from ..attacks.gradient import PGD
 from ..training.acceleration import BF16
 from ..training.adversarial import AdversarialTraining
 from .limit import layer_times
-from .training import race_eps, race_setting, race_steps, seconds_by_learner, training_race, warm_steps
+from .training import (in_own_process, race_eps, race_setting, race_steps, seconds_by_learner,
+                                      training_race, warm_steps)
 
 # %% ../../nbs/bench/05_profile.ipynb #a2d4a84c
 class _Listening(Callback):
@@ -48,11 +48,7 @@ def step_profile(
     n:int=3, # Steps
 ) -> pd.DataFrame: # A row for each operator, the slowest first: share of all, milliseconds and calls in a step
     "What an adversarial training step by a Learner spends its time on, measured in a process of its own"
-    call = ('import json, sys; from adverfine.bench.profile import _profile; '
-            f'sys.stdout.write("\\n"+json.dumps(_profile({network!r}, {bf16!r}, {n})))')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', call], capture_output=True, text=True)
-    if done.returncode: raise ChildProcessError(f'{network} failed:\n{done.stderr.strip()[-2000:]}')
-    df = pd.DataFrame(json.loads(done.stdout.splitlines()[-1]))
+    df = pd.DataFrame(in_own_process('adverfine.bench.profile._profile', network, bf16, n))
     df = df.sort_values('milliseconds', ascending=False, ignore_index=True)
     df.insert(1, 'share', (df.milliseconds/df.milliseconds.sum()).round(4))
     return df.round(dict(milliseconds=3))

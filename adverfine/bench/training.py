@@ -6,10 +6,10 @@ Docs: https://adverfine.github.io/adverfine/bench/training.html.md"""
 
 # %% auto #0
 __all__ = ['race_steps', 'race_eps', 'warm_steps', 'race_setting', 'Clock', 'seconds_by_learner', 'training_step',
-           'training_race']
+           'in_own_process', 'training_race']
 
 # %% ../../nbs/bench/04_training.ipynb #dd1675ea
-import os, subprocess, sys
+import json, os, subprocess, sys
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
@@ -180,14 +180,17 @@ def training_step(
     return _contestants[who](network, n)/n
 
 # %% ../../nbs/bench/04_training.ipynb #5114070e
-def _in_own_process(who, n, network):
-    "Seconds of a step of `who`"
-    call = ('import sys, warnings; warnings.simplefilter("ignore"); '
-            'from adverfine.bench.training import training_step; '
-            f'sys.stdout.write(str(training_step({who!r}, {n}, {network!r})))')
-    done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True)
-    if done.returncode: raise ChildProcessError(f'{who} failed:\n{done.stderr.strip()[-2000:]}')
-    return float(done.stdout.split()[-1])
+def in_own_process(
+    function:str, # Its module and name, with dots
+    *args # Whose `repr` makes them again
+): # What it returns, as JSON can hold it
+    "Call a function in a process of its own; a `ChildProcessError` if it fails"
+    module,_,name = function.rpartition('.')
+    call = (f'import json, sys; from {module} import {name} as f; '
+            f'sys.stdout.write("\\n"+json.dumps(f(*{args!r})))')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', call], capture_output=True, text=True)
+    if done.returncode: raise ChildProcessError(f'{args} failed:\n{done.stderr.strip()[-2000:]}')
+    return json.loads(done.stdout.splitlines()[-1])
 
 def _rows(seconds, limits, bs):
     "What follows from the seconds of a step, for each contestant"
@@ -227,6 +230,7 @@ def training_race(
     missing = [o for o in _packages if o in asked and not find_spec(_packages[o])]
     names = [o for o in asked if o not in missing]
     took = {o: [] for o in names}
-    for o in tqdm(names*rounds, desc='turns', delay=60): took[o].append(_in_own_process(o, n, network))
+    step = 'adverfine.bench.training.training_step'
+    for o in tqdm(names*rounds, desc='turns', delay=60): took[o].append(in_own_process(step, o, n, network))
     result = _summary(network, {k: median(v) for k,v in took.items()}, missing)
     return result | dict(rounds=rounds, seconds={k: [round(o, 5) for o in v] for k,v in took.items()})

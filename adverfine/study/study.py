@@ -110,6 +110,7 @@ def claim(self:Study, x=None): # Images (N,C,H,W), a batch as large as those to 
     file = self.out/'study.json'
     with locked(self.out):
         if self.bf16 is None and file.exists(): self.bf16 = _load(file)['study']['bf16']
+        if self.bf16 is None and x is None: raise ValueError('bf16 is left open: give a batch, or bf16=True or False')
         if self.bf16 is None: self.bf16 = trains_faster_in_bf16(study_networks[self.data]().to(x.device), x)
         mine = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in may_differ}
         if not file.exists(): write_atomic(file, json.dumps(dict(study=mine, version=__version__), indent=1))

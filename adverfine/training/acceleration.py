@@ -16,7 +16,7 @@ from ..networks.modes import bare, frozen
 from ..networks.precision import InBF16, Lent, bf16_is_fast, in_bf16
 from ..networks.fused import crafting_network
 from ..networks.timings import best_times, choice, is_bf16, key_of, recall, remember
-from ..networks.fastest import told_form
+from ..networks.fastest import stays_as_it_is, told_form
 
 # %% ../../nbs/training/00_acceleration.ipynb #78b2a2af
 _mmap_threshold,_trim_threshold = -3,-1    # names of settings in malloc.h
@@ -56,13 +56,14 @@ def trains_faster_in_bf16(
     "Whether a step of adversarial training takes 15 % less in bfloat16 than in float32, timed once per kind of machine"
     told = told_form()
     if told not in ('', 'untimed'): return is_bf16(told)
-    if told or not bf16_is_fast(x.device.type): return bf16_is_fast(x.device.type)
+    may_be = bf16_is_fast(x.device.type)
+    if told or not may_be or stays_as_it_is(model, x): return may_be
     key = key_of(model, x, _precisions)
     times = recall(key, _precisions)
     if times is None:
         with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad():
             try: times = best_times({o: _TrainingStep(model, x, is_bf16(o)) for o in _precisions}, x)
-            except Exception: return True       # a network may do anything when it is copied, or called by others
+            except Exception: return may_be     # a network may do anything when it is copied, or called by others
         remember(key, times)
     return is_bf16(choice(times))
 

@@ -6,7 +6,7 @@ from fastai.vision.all import Learner, set_seed
 from adverfine.threat import pixel_space, ThreatModel
 from adverfine.networks.zoo import cnn8
 from adverfine.networks.modes import evaluating
-from adverfine.networks import fastest
+from adverfine.networks import fastest, timings
 from adverfine.networks.precision import bf16_is_fast
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
@@ -353,15 +353,14 @@ def test_on_a_gpu():
         report = learn.robustness(Square(eps, norm=norm, queries=50), n=50)
         assert report.robust<report.clean
 
-def test_quantized_networks_are_attacked_in_float32(model, right, monkeypatch):
+def test_quantized_networks_are_attacked_in_float32(model, right, monkeypatch, tmp_path):
     "bfloat16 rounds a value over the edge of a step, and attacks another network"
     small = copy.deepcopy(model)
     assert evaluate(small, *right, FGSM(.1)).bf16<=bf16_is_fast()
     monkeypatch.setattr(fastest, 'bf16_is_fast', lambda device: True)
     monkeypatch.setattr(fastest, '_times', lambda forms, x: {name: .5 if 'bf16' in name else 1. for name in forms})
-    monkeypatch.setattr(fastest, '_known', {})
-    monkeypatch.setattr(fastest, '_kept', dict)
-    monkeypatch.setattr(fastest, '_keep', lambda key, times: None)
+    monkeypatch.setattr(timings, '_known', {})
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert evaluate(small, *right, FGSM(.1)).bf16
     quantize(small, 1, [right[0][:64]])
     assert not evaluate(small, *right, FGSM(.1)).bf16

@@ -207,14 +207,13 @@ class Compiled(nn.Module):
     def __init__(self, net): super().__init__(); self._orig_mod = net
     def forward(self, x): return self._orig_mod(x)
 
-def test_bfloat16_is_for_modules_that_are_neither_quantized_nor_compiled(monkeypatch):
+def test_bfloat16_is_for_modules_that_are_neither_quantized_nor_compiled(monkeypatch, tmp_path):
     import adverfine.networks.fastest as room
     from adverfine.networks import timings
     def as_bf16_wins(forms, x): return {name: .5 if 'bf16' in name else 1. for name in forms}
     monkeypatch.setattr(room, '_times', as_bf16_wins)
     monkeypatch.setattr(timings, '_known', {})
-    monkeypatch.setattr(timings, '_kept', dict)
-    monkeypatch.setattr(timings, 'write_atomic', lambda file, text: None)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(room, 'bf16_is_fast', lambda device: True)
     net,fake_quantized = _toy(),_toy()
     quantize(fake_quantized, 16, [toy_x])

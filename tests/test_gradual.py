@@ -159,3 +159,26 @@ def test_few_bits_after_many_work():
         learn = _fit(Learner(digits_dls(), cnn8(size=8)), 4)
         _fit(learn, 4, Quantization((2, 2), schedule))
         assert (learn.model.eval()(x.clone()).argmax(1)==y).float().mean()>.6
+
+def test_the_edges_of_a_schedule():
+    assert Quantization(4).end==.5 and Quantization(4, start=.75).end==.75
+    for end,ran in ((0., [1, 1, 1, 1]), (1., [8, 8, 4, 1])):
+        cb = Quantization(1, 'progressive', end=end)
+        assert [cb.stage_of(e, 4)[0] for e in range(4)]==ran
+    late = Quantization(1, start=.5)
+    assert [late.stage_of(e, 4) for e in range(4)]==[None, None, (1, 1), (1, 1)]
+
+def test_validation_leaves_batchnorm_to_fastai():
+    assert not Quantization(4).run_valid
+
+def test_what_is_there_stays_and_what_is_not_is_made():
+    "A network of other bits is quantized anew from the first stage; a network of these bits stays at the last"
+    cb = Quantization(2, 'progressive')
+    learn = _fit(_learner(), 2, cb)
+    learn.cbs,cb.learn = learn.cbs + [cb],learn
+    cb.before_fit()
+    assert cb.there and cb.stage==(2, 2)
+    other = Quantization(1, 'progressive')
+    other.learn = learn
+    other.before_fit()
+    assert not other.there and other.stage is None

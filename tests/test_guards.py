@@ -334,3 +334,37 @@ def test_agreement():
     case = _case(net, 600, odd=150, fake_quantized=fake)
     assert _value('agreement', case)==.25 and _value('agreement', _case(net, fake_quantized=_linear()))==0
     assert _measure('agreement', _case(net)) is None
+
+class _Flat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, grad): return grad*0
+
+def test_a_surrogate_has_another_gradient_for_some_image():
+    "Between a cosine of .99 and one of .87, and for a single image of many"
+    net = _linear()
+    def one_pixel(x): return torch.where(last, (x*100).round()/100, x)
+    last = torch.tensor([[0, 0], [0, 1]]).bool()
+    assert 'straight through' in _case(nn.Sequential(Then(one_pixel), net)).surrogates
+    def bright_only(x): return torch.where(x[:,:,:1,:1]>.6, (x*100).round()/100, x)
+    assert 'straight through' in _case(nn.Sequential(Then(bright_only), net), odd=1).surrogates
+    assert 'straight through' not in _case(nn.Sequential(Then(bright_only), net)).surrogates
+
+def test_the_outermost_network_inside_is_a_surrogate_of_its_own():
+    net = _linear()
+    inner = nn.Sequential(Then(lambda x: (x*100).round()/100), net).eval()
+    found = _case(Then(lambda x: inner((x*50).round()/50))).surrogates
+    assert found['inside'].network is net and found['one layer inside'].network is inner
+
+def test_a_way_around():
+    "Logits with gradients, a parent, or a surrogate; on all images that the network gets right"
+    net,w = _linear(),_linear()[1].weight.detach()
+    def logits(x): return x.flatten(1)@w.T
+    def flat(x): return _Flat.apply(logits(x))
+    assert not _case(flat, 70).has_way_around and _case(flat, 70, parent=net).has_way_around
+    assert _case(_blind(), 70).has_way_around                      # what detaches has a derivative straight through
+    def saturated(x): return logits(x)*1e4
+    case = _case(saturated, 70)
+    assert not case.surrogates and case.has_way_around
+    assert not _case(lambda x: torch.from_numpy(logits(x).detach().numpy()), 70).has_way_around

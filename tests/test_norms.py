@@ -30,6 +30,13 @@ def test_a_budget_says_its_unit():
     assert str(ThreatModel(12, 'l1'))=='l1, eps 12 in pixels summed over the image, images kept in [0,1]'
     assert [ThreatModel(o, 'l0').size for o in (1, 12345.)]==['eps 1 pixel', 'eps 12345 pixels']
 
+def test_a_sum_over_many_values_may_round_by_more():
+    x,threat = torch.full((1, 3, 40, 40), .5, dtype=torch.float64),ThreatModel(1, 'l1')
+    def off(d): return x + d*_rand(*x.shape)/_rand(*x.shape).sum()
+    assert threat.slack(x)==pytest.approx(1e-6+1e-7*4800**.5)
+    threat.check(off(1+7e-6), x)
+    with pytest.raises(ValueError, match='left its budget'): threat.check(off(1+9e-6), x)
+
 def test_a_share_of_pixels_is_whole():
     for eps in (0, 1, 7, 10, 50, 100):
         shares = [ThreatModel(eps, 'l0').scaled(k/100).eps for k in range(101)]

@@ -38,6 +38,14 @@ def test_nuclear_step(lam):
     np.testing.assert_allclose(made.numpy(), expected, rtol=1e-5, atol=1e-6)
     assert attack.passes==3 and attack.name=='NuFGSM'
 
+def test_what_a_nuclear_step_is():
+    "It starts at random, and its loss takes labels of more than one class"
+    attack = NuclearFGSM(.1)
+    assert attack.soft and attack.random_start and attack.norms==('linf',)
+    soft = F.one_hot(y, 5)*.8+.04
+    made = [attack(net, x, o, torch.Generator().manual_seed(3)) for o in (y, soft, F.one_hot(y, 5).double())]
+    assert torch.equal(made[0], made[2]) and (made[1]-x).abs().max()<=.1+1e-6
+
 def test_nuclear_objective():
     adv,clean = torch.randn(6, 5, dtype=torch.float64),torch.randn(6, 5, dtype=torch.float64)
     norm = np.linalg.svd((adv-clean).numpy())[1].sum()/6

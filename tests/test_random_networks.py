@@ -9,6 +9,7 @@ from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.attack import Attack, value_and_grad
 from adverfine.attacks.losses import margin
+from adverfine.attacks.scoring import Asked
 from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.adaptive import EOT, Transfer
 from adverfine.attacks.square import Square
@@ -114,3 +115,16 @@ def test_fields_names_and_what_is_refused(trained):
     assert len(asked)>=15 and len(asked)%3==0
     crafted = Transfer(EOT(FGSM(.1), samples=2), model)
     torch.testing.assert_close(crafted(counted, x[:4], y[:4]), FGSM(.1)(model, x[:4], y[:4]), rtol=0, atol=1e-6)
+
+def test_only_the_network_has_the_last_word(trained):
+    "What an average is told of, a search may ask the exact network about"
+    model,x,y = trained
+    seen = []
+    class Ask(Attack):
+        def craft(self, model, x, y, generator):
+            seen.append((hasattr(model, 'exactly'), getattr(model, 'through', None)))
+            return x
+    asked = Asked(model, None)
+    EOT(Ask(.1), samples=2)(asked, x, y)
+    EOT(Ask(.1), samples=2)(model, x, y)
+    assert seen==[(True, asked), (False, None)]

@@ -16,7 +16,7 @@ from adverfine.attacks.autoattack import AutoAttack
 from adverfine.compression.quantization import quantize
 from adverfine.evaluation.cases import Finding
 from adverfine.evaluation.report import interval, RobustnessReport
-from adverfine.evaluation.robustness import evaluate
+from adverfine.evaluation.robustness import check_alone, evaluate
 import fastai.callback.progress  # noqa: F401 verbs of a Learner
 
 def _toy(scale=1.):
@@ -379,3 +379,31 @@ def test_robustness_of_what_is_deployed():
     assert 'agreement' in {o.guard for o in report.findings}
     report = learn.robustness([FGSM(.1), Square(.1, queries=5)], n=40, deployed=deployed, progress=False)
     assert [a.name for a in report.attacks]==['FGSM', 'Square'] and report.attacks[1].queries==5
+
+def test_a_learner_says_where_its_images_come_from():
+    learn = _toy_learner()
+    learn.dls.loaders = [*learn.dls.loaders, learn.dls.train]
+    test = pixels(learn.dls.loaders[2])[1].tolist()
+    for k,split in enumerate(('train', 'valid', 'test')):
+        report = learn.robustness(FGSM(.1), n=1, dl=learn.dls.loaders[k], progress=False)
+        assert report.split==split and report.data=='digits' and report.n==1
+    assert learn.robustness(FGSM(.1), progress=False).labels==tuple(test)          # and no loader after it
+    assert learn.robustness(FGSM(.1), n=1, split='mine', progress=False).split=='mine'
+
+def test_figures_are_those_of_what_is_deployed():
+    learn = _toy_learner()
+    x,y = pixels(learn.dls[2])
+    space = pixel_space(learn.dls)
+    def worse(x): return learn.model(space.from_pixels(x)).detach()*torch.where(x.mean((1, 2, 3))>.3, -1, 1)[:,None]
+    report = learn.robustness(FGSM(.01), deployed=worse, progress=False)
+    assert report.clean==(worse(x).argmax(1)==y).sum().item()/len(y)
+    assert report.clean<.9*learn.robustness(FGSM(.01), progress=False).clean
+
+def test_networks_that_depend_on_the_batch_and_give_log_probabilities():
+    "Logits that are all negative are measured by their size, too"
+    x = torch.rand(8, 1, 4, 4)
+    def net(x): return -5-x.flatten(1)[:,:3]
+    check_alone(net, x)
+    check_alone(lambda x: net(x)-.3*len(x)/8, x)                      # less than a tenth of the largest
+    with pytest.raises(ValueError, match='depends on the others in its batch'):
+        check_alone(lambda x: net(x)-2*len(x)/8, x)

@@ -23,6 +23,8 @@ os.environ.update(OMP_NUM_THREADS='1', MPLBACKEND='agg')
 _attacks = ['tests/test_attacks.py', 'tests/test_gradient_attacks.py']
 _autoattack = ['tests/test_autoattack.py']
 _escalation = 'tests/test_escalation.py'
+_state = 'tests/test_state.py'
+_transferred = 'tests/test_evaluation.py -k normalised'
 _pruning = ['tests/test_pruning.py']
 _quantization = ['tests/test_quantization.py']
 _deployment = ['tests/test_deployment.py']
@@ -48,10 +50,10 @@ belongs = {
     'data.sources':             ['tests/test_data.py'],
     'attacks.attack':           _attacks,
     'attacks.losses':           [*_attacks, *_autoattack],
-    'attacks.scoring':          ['tests/test_passes.py', 'tests/test_report.py', *_attacks],
+    'attacks.scoring':          ['tests/test_passes.py', 'tests/test_report.py', _state, *_attacks],
     'attacks.standing':         [*_autoattack, 'tests/test_attacks.py'],
     'attacks.gradient':         ['tests/test_gradient_attacks.py', 'tests/test_sparse_attacks.py'],
-    'attacks.adaptive':         [*_attacks, 'tests/test_random_networks.py'],
+    'attacks.adaptive':         [*_attacks, 'tests/test_random_networks.py', _transferred],
     'attacks.torchattacks':     ['tests/test_attacks.py'],
     'attacks.apgd':             _autoattack,
     'attacks.saturated':        ['tests/test_saturated.py'],
@@ -73,10 +75,10 @@ belongs = {
     'compression.gradual':      ['tests/test_gradual.py'],
     'evaluation.cases':         ['tests/test_guards.py'],
     'evaluation.guards':        ['tests/test_guards.py'],
-    'evaluation.escalation':    [_escalation],
+    'evaluation.escalation':    [_state, _escalation],
     'evaluation.report':        ['tests/test_report.py'],
-    'evaluation.state':         [_escalation],
-    'evaluation.robustness':    ['tests/test_report.py', 'tests/test_evaluation.py'],
+    'evaluation.state':         [_state],
+    'evaluation.robustness':    ['tests/test_report.py', _state, 'tests/test_evaluation.py'],
     'evaluation.metric':        ['tests/test_evaluation.py'],
     'deployment.description':   ['tests/test_checkpoint.py'],
     'deployment.card':          ['tests/test_checkpoint.py'],

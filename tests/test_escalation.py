@@ -6,7 +6,7 @@ from adverfine.threat import PixelModel, PixelSpace
 from adverfine.networks.zoo import cnn8
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
-from adverfine.attacks.gradient import PGD
+from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.square import Square
 from adverfine.attacks.surrogates import inner_networks, Inside, Smoothed, StraightThrough
 from adverfine.evaluation.robustness import evaluate
@@ -92,6 +92,15 @@ def test_escalation_of_an_ordinary_network_ends_in_trust(nets, name):
     report = evaluate(made[name], x, y, PGD(.1, steps=5), escalate=True, progress=False)
     assert report.verdict=='trusted' and report.escalated and not report.broken and not report.left_out, report
     assert report.robust<=report.robust_after['PGD-5']
+
+@pytest.mark.parametrize('norm,eps', [('l1', 4.), ('l0', 3)])
+def test_escalation_of_budgets_that_autoattack_does_not_know(nets, norm, eps):
+    made,x,y = nets
+    report = evaluate(made['adversarial'], x, y, FGSM(eps, norm=norm), escalate=True, progress=False)
+    assert report.verdict=='trusted' and report.robust<=report.robust_after['PGD-100']
+    rounded = nn.Sequential(Then(lambda x: (x*31).round()/31), made['standard'])
+    report = evaluate(rounded, x, y, FGSM(eps, norm=norm), escalate=True, progress=False)
+    assert report.verdict=='gradient masking' and report.broken and report.robust<.1
 
 class Flipped(torch.autograd.Function):
     @staticmethod

@@ -119,7 +119,7 @@ def test_accuracy_that_an_attack_costs(thorough):
     other = _linear()
     seen.clear()
     case.take('x', Transfer(Blacken(1.), other), .01)
-    assert all(o[0] is other for o in seen)
+    assert all(o[0].network is other for o in seen)
     case.judge.stands[:] = True
     seen.clear()
     case.take('x', Blacken(1.), .01, other)

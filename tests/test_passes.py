@@ -53,7 +53,7 @@ def test_where_less_is_paid():
     assert 0<_spent(adaptive, classes=10)<adaptive.passes/8
     apgd = EOT(APGD(.1, steps=2), samples=4)        # the network is asked once, not four times, who fell
     assert apgd.passes-_spent(apgd)==3
-    assert _spent(Transfer(PGD(.1), Sure()))==0     # whatever is asked is another network
+    assert _spent(Transfer(PGD(.1), Sure()))==20    # through the other network, that is
     many = torch.rand(120, 1, 4, 4)                 # the Jacobian is that of a hundred images
     asked = Asked(Sure())
     PGDPlusPlus(.1, steps=3)(asked, many, torch.zeros(120, dtype=torch.long))

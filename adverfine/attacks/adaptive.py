@@ -44,7 +44,9 @@ class Transfer(Attack):
     def name(self): return f'{self.attack.name} transferred'
     @property
     def passes(self): return self.attack.passes
-    def craft(self, model, x, y, generator): return self.attack(self.surrogate, x, y, generator)
+    def craft(self, model, x, y, generator):
+        asked = model.beside(self.surrogate) if hasattr(model, 'beside') else self.surrogate    # passes are counted
+        return self.attack(asked, x, y, generator)
 
 # %% ../../nbs/attacks/05_adaptive.ipynb #a69aee3d
 @dataclass(frozen=True, init=False)

@@ -14,7 +14,7 @@ from ..attacks.apgd import APGD
 from ..attacks.square import Square
 from ..attacks.autoattack import AutoAttack
 from ..attacks.surrogates import Rescaled, Smoothed
-from .cases import Case
+from .cases import Case, guards
 from .guards import inspect
 
 # %% ../../nbs/evaluation/02_escalation.ipynb #eafe6169
@@ -24,10 +24,16 @@ def _climber(threat):
         return APGD,dict(loss='margin', steps=60),dict(loss='dlr', targets=5, steps=30)
     return PGD,dict(steps=100),dict(steps=50, restarts=5)
 
-def _autoattack(case):
-    "The parts of the adaptive AutoAttack, by name; nothing where it has run already, or cannot"
-    if case.threat.norm not in ('linf', 'l2') or case.blind: return
-    whole = AutoAttack(case.threat.eps, norm=case.threat.norm, clamp=case.threat.clamp, version='adaptive')
+def _opening(threat):
+    "The attack that comes first: the adaptive AutoAttack, or a long climb in norms that it does not know"
+    common = dict(norm=threat.norm, clamp=threat.clamp)
+    if threat.norm in ('linf', 'l2'): return AutoAttack(threat.eps, version='adaptive', **common)
+    return PGD(threat.eps, steps=100, **common)
+
+def _open(case):
+    "The parts of what comes first, by name, without those that have run already; nothing if there are no gradients"
+    if case.blind: return
+    whole = _opening(case.threat)
     for part in whole.parts:
         if part in case.attacks: continue
         name = whole.name if len(whole.parts)==1 else f'{whole.name}: {part.name}'
@@ -109,9 +115,8 @@ def escalate(
     "Attack what stands until no guard finds more"
     budget,rungs = _Budget(case, passes),_stronger(case)
     looks = inspect(case, tries=False)
-    early = inspect(case, tries=True) if case.surrogates else ()    # a surrogate shows best before strong attacks
-    early = [o for o in early if o.guard=='surrogate']              # what the others find may be weakness so early
-    for part in _autoattack(case): budget.run(*part)
+    early = [guards['surrogate'].find('surrogate', case)] if case.surrogates else []    # shows best before others
+    for part in _open(case): budget.run(*part)
     tried = _settle(case, rungs, budget)
     hidden = _flagged([*early, *looks, *tried], 'masking')
     broken = False
@@ -128,9 +133,7 @@ def check_budget(
     threat, # The `ThreatModel`
 ):
     "Raise a `ValueError` unless the escalation's first attack can be paid for"
-    common = dict(norm=threat.norm, clamp=threat.clamp)
-    if threat.norm in ('linf', 'l2'): first = AutoAttack(threat.eps, version='adaptive', **common).parts[0]
-    else: first = PGD(threat.eps, steps=100, **common)
+    first = _opening(threat).parts[0]
     if passes<first.passes:
         raise ValueError(f"budget={passes} passes an image would end before the first attack of the escalation, "
                          f"{first.name}, which may take {first.passes}: give more, or escalate=False")

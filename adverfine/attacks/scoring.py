@@ -50,6 +50,7 @@ class Asked(nn.Module):
         self._count(len(x))
         return self.network(x)
 
+# %% ../../nbs/attacks/02_scoring.ipynb #a71c9e03
 @torch.no_grad()
 def fooled(
     model, # A callable from pixels to logits, perhaps `Asked`

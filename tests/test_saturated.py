@@ -12,7 +12,7 @@ from adverfine.attacks.apgd import APGD
 from adverfine.attacks.gradient import PGD
 from adverfine.attacks.saturated import (PGDPlusPlus, curvature, hessian_temperature, jacobian, jacobian_temperature,
                                          unsure_temperature)
-from adverfine.attacks.scoring import Asked, score
+from adverfine.attacks.scoring import Asked
 from adverfine.attacks.surrogates import Rescaled
 import adverfine.compression.quantization, fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs
 
@@ -178,19 +178,21 @@ def few_bits():
 
 @pytest.mark.parametrize('scaling', ['njs', 'hns'])
 def test_it_finds_what_the_margin_finds_in_networks_of_few_bits(few_bits, scaling):
-    "At equal steps, over all networks and budgets; to 1 in 100 images, the threshold of the guard `scaled_margin`"
+    "At equal steps and from the same random starts, over all networks and budgets"
     networks,x,y = few_bits
     fell,tried = dict(pgd=0, plus=0, margin=0),0
     for model in networks:
+        right = model(x).argmax(1)==y
+        assert right.float().mean()>.7
         for eps in .05, .1:
             scaled = Transfer(APGD(eps, steps=20, loss='margin'), Rescaled(model))
             for k,a in dict(pgd=PGD(eps, steps=20), plus=PGDPlusPlus(eps, scaling=scaling), margin=scaled).items():
-                judge = score(model, a, x, y)
-                fell[k] += judge.fell.sum().item()
-            tried += len(x)
-            assert judge.clean.float().mean()>.7
+                for seed in range(3):
+                    x_adv = a(model, x, y, torch.Generator().manual_seed(seed))
+                    fell[k] += (right & (model(x_adv).argmax(1)!=y)).sum().item()
+            tried += 3*len(x)
     assert fell['plus']>fell['pgd']+.05*tried
-    assert fell['plus']>fell['margin']-.01*tried
+    assert fell['plus']>=fell['margin'], fell
 
 def test_fields_and_what_they_refuse():
     net,x = _pieces(),_images()

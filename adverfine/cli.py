@@ -193,19 +193,20 @@ def _bench(args):
         if k!='parts': print(f'{k:20} {v}')
     if 'parts' in result: print('\n' + pd.DataFrame(result['parts']).to_string(index=False))
 
-_bench_options = 'n','rounds','network','seconds','seed','cifar10','out','path'
+_bench_options = 'n','rounds','network','seconds','seed','data','cifar10','out','path'
 
 def _add_bench(commands):
     from adverfine.bench.menu import benchmarks
     add = _command(commands, _bench, 'measure speed on this machine')
     add('what', choices=list(benchmarks), help='; '.join(f'{k}: {text}' for k,text in benchmarks.items()))
-    add('--n', type=int, help='images; default: 1000 for evaluation and adaptive, 256 for targeted, 200 for recipes')
+    add('--n', type=int, help='images; default: 1000, but 256 for targeted and 2000 for speedrun')
     add('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
     add('--network', default='cnn8', help='of training: cnn8 (default) or resnet18')
     add('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
-    add('--seed', type=int, default=0, help='of recipes and bits')
-    add('--cifar10', help='folder of CIFAR-10, for adaptive')
-    add('--out', help='folder for results; adaptive, recipes and bits go on from there, with studies/NAME as default')
+    add('--seed', type=int, default=0, help='of bits')
+    add('--data', default='fashion_mnist', help='of speedrun: fashion_mnist or cifar10')
+    add('--cifar10', help='folder of CIFAR-10, for adaptive and speedrun')
+    add('--out', help='folder for results, from which those that take hours go on; default: studies/NAME')
     add('--path', help='folder of the data set')
     add('--json', action='store_true', help='print JSON')
 

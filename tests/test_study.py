@@ -152,8 +152,8 @@ def test_rows_of_several_versions_are_said_to_be(tmp_path):
     assert '1 by unknown' in in_words(study) and '1 by 0.0.1' in write_report(study)['report.html'].read_text()
 
 def test_a_race_with_other_images_is_another(tmp_path):
-    from adverfine.bench.recipes import _Folder, _that_matter
-    def folder(**kwargs): return _Folder(tmp_path, data='digits', **_that_matter(kwargs))
+    from adverfine.bench.kept import KeptResults, that_matter
+    def folder(**kwargs): return KeptResults(tmp_path, data='digits', **that_matter(kwargs))
     folder(n_train=100, path='here')
     folder(n_train=100, path='there', download=True)
     with pytest.raises(ValueError, match='n_train'): folder(n_train=200, path='here')

@@ -53,7 +53,7 @@ belongs = {
     'attacks.scoring':          ['tests/test_passes.py', 'tests/test_report.py', _state, *_attacks],
     'attacks.standing':         [*_autoattack, 'tests/test_attacks.py'],
     'attacks.gradient':         ['tests/test_gradient_attacks.py', 'tests/test_sparse_attacks.py'],
-    'attacks.adaptive':         [*_attacks, 'tests/test_random_networks.py', _transferred],
+    'attacks.adaptive':         [*_attacks, 'tests/test_random_networks.py', _transferred, 'tests/test_passes.py'],
     'attacks.torchattacks':     ['tests/test_attacks.py'],
     'attacks.apgd':             _autoattack,
     'attacks.saturated':        ['tests/test_saturated.py'],
@@ -107,7 +107,9 @@ belongs = {
     'bench.limit':              [],
     'bench.training':           [],
     'bench.profile':            [],
+    'bench.kept':               [_study[0]+' -k another'],
     'bench.recipes':            [],
+    'bench.speedrun':           [],
     'bench.adaptive':           [],
     'bench.menu':               ['tests/test_cli.py'],
     'cli':                      ['tests/test_study.py', 'tests/test_integration.py']}

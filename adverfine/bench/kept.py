@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import nn
+from fastcore.basics import patch
 from ..files import locked, write_atomic
 
 # %% ../../nbs/bench/06_kept.ipynb #488b166e
@@ -21,6 +22,7 @@ def that_matter(
     "`kwargs` less those that say where files are"
     return {k: v for k,v in kwargs.items() if k not in ('path', 'download')}
 
+# %% ../../nbs/bench/06_kept.ipynb #97bf77c7
 class KeptResults:
     "A folder with the results of a race, all of them made with the same `settings`"
     def __init__(self,
@@ -44,20 +46,22 @@ class KeptResults:
         if not file.exists(): self._keep(file, json.dumps(measure()))
         return json.loads(file.read_text())
 
-    def network(self,
-        name:str, # Of the network
-        model:nn.Module, # Of the right shape
-        train, # A function without arguments that returns a trained network
-    ) -> nn.Module: # `model`
-        "`model` with the weights of what `train` returns, or returned when it was first called"
-        file = self.out/f'{name}.safetensors'
-        if not file.exists():
-            weights = train().state_dict()
-            self._keep(file, save({k: v.detach().contiguous() for k,v in weights.items()}))
-        model.load_state_dict(load_file(file))
-        return model
-
     def _keep(self, file, content):
         "Write it, unless another process was faster: both go on with what is there"
         with locked(self.out):
             if not file.exists(): write_atomic(file, content)
+
+# %% ../../nbs/bench/06_kept.ipynb #6b7a12cd
+@patch
+def network(self:KeptResults,
+    name:str, # Of the network
+    model:nn.Module, # Of the right shape
+    train, # A function without arguments that returns a trained network
+) -> nn.Module: # `model`
+    "`model` with the weights of what `train` returns, or returned when it was first called"
+    file = self.out/f'{name}.safetensors'
+    if not file.exists():
+        weights = train().state_dict()
+        self._keep(file, save({k: v.detach().contiguous() for k,v in weights.items()}))
+    model.load_state_dict(load_file(file))
+    return model

@@ -36,14 +36,14 @@ from .training import in_own_process, TorchattacksPGD
 # %% ../../nbs/bench/08_speedrun.ipynb #639f4112
 _steps = 7
 
-def _by_adverfine(learn, epochs, eps, lr=5e-3):
+def _with_adverfine(learn, epochs, eps, lr=5e-3):
     cbs = [AdversarialTraining(NFGSM(eps)), WeightAverage(.99), BF16(if_faster=True)]
     learn.fit_one_cycle(epochs, lr, cbs=cbs)
 
-def _by_torchattacks(learn, epochs, eps, lr=4e-3):
+def _with_torchattacks(learn, epochs, eps, lr=4e-3):
     learn.fit_one_cycle(epochs, lr, cbs=TorchattacksPGD(eps, 2.5*eps/_steps, _steps))
 
-def _by_plain_loop(learn, epochs, eps, lr=4e-3):
+def _with_plain_loop(learn, epochs, eps, lr=4e-3):
     model,train = learn.model.train(),learn.dls.train
     opt = torch.optim.Adam(model.parameters(), lr)
     cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*len(train))
@@ -59,7 +59,7 @@ def _by_plain_loop(learn, epochs, eps, lr=4e-3):
             opt.step()
             cycle.step()
 
-contestants = {'adverfine': _by_adverfine, 'torchattacks': _by_torchattacks, 'plain loop': _by_plain_loop}
+contestants = {'adverfine': _with_adverfine, 'torchattacks': _with_torchattacks, 'plain loop': _with_plain_loop}
 
 _races = dict(fashion_mnist=(cnn8, fashion_mnist_dls, .05, .80), digits=(partial(cnn8, size=8), digits_dls, .1, .5),
               cifar10=(partial(resnet18_cifar, width=16), cifar10_dls, 8/255, .25))
@@ -107,7 +107,7 @@ def _add_records(file, df, data, goal):
         write_atomic(file, records.to_csv(index=False))
 
 # %% ../../nbs/bench/08_speedrun.ipynb #39a2bbcc
-def _shortest(who, kept, measured, goal, seeds, longest):
+def _quickest(who, kept, measured, goal, seeds, longest):
     "Trials of the shortest schedule of `who` that reaches the goal, or of the longest; and its epochs"
     for epochs in range(1, longest+1):
         done = []
@@ -135,7 +135,7 @@ def speedrun(
     def measured(*of): return in_own_process('adverfine.bench.speedrun.trial', *of, data, n, **kwargs)
     rows = []
     for o in tqdm(who, desc='contestants', delay=60):
-        done,epochs = _shortest(o, kept, measured, goal, seeds, longest)
+        done,epochs = _quickest(o, kept, measured, goal, seeds, longest)
         reached = len(done)==len(seeds) and mean(t['robust'] for t in done)>=goal
         rows.append(dict(who=o, reached=reached, epochs=epochs, trials=len(done),
                          **{k: mean(t[k] for t in done) for k in ('seconds', 'clean', 'robust')}))

@@ -88,6 +88,7 @@ def _by_adverfine(network, n, *callbacks):
 def _memory_given_back(network, n):
     with patch.dict(os.environ, ADVERFINE_KEEP_MEMORY='0'): return _by_adverfine(network, n, ChannelsLast)
 
+# %% ../../nbs/bench/04_training.ipynb #b493ccc8
 class TorchattacksPGD(Callback):
     "Train on the images that PGD of torchattacks makes, as one would who has that library alone"
     run_valid = False

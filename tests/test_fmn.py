@@ -10,7 +10,7 @@ from adverfine.attacks.attack import value_and_grad
 from adverfine.attacks.losses import margin
 from adverfine.attacks.scoring import score
 from adverfine.attacks.fab import FAB
-from adverfine.attacks.fmn import FMN
+from adverfine.attacks.fmn import _Shrinking, FMN
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 
 def _seed(n=0): return torch.Generator().manual_seed(n)
@@ -154,3 +154,17 @@ def test_fields_and_what_they_refuse():
     attack = FMN(.1, steps=7)
     assert attack.name=='FMN' and attack.passes==14 and attack.white_box and not attack.soft
     assert attack.scaled(.5)==FMN(.05, steps=7)
+
+@pytest.mark.parametrize('norm,far', [('linf', .9), ('l2', (.9**2+.7**2+.5**2+.8**2)**.5)])
+def test_no_ball_is_larger_than_what_the_range_of_pixels_allows(norm, far):
+    x = torch.tensor([.1, .7, .5, .2]).view(1, 1, 2, 2)
+    for clamp,furthest in ((True, far), (False, torch.inf)):
+        search = _Shrinking(ThreatModel(1, norm, clamp), None, x, torch.zeros(1, dtype=torch.long))
+        assert search.furthest.item()==pytest.approx(furthest)
+
+def test_a_step_within_the_ball_stays_as_long_as_it_is():
+    x = torch.full((2, 1, 2, 2), .5)
+    search = _Shrinking(ThreatModel(1, 'l2'), None, x, torch.zeros(2, dtype=torch.long))
+    search.grad,search.radius = torch.tensor([3., 0, 4, 0]).view(1, 1, 2, 2).repeat(2, 1, 1, 1),torch.tensor([.3, .1])
+    search.move(.2)
+    torch.testing.assert_close((search.adv-x).flatten(1), torch.tensor([[.12, 0, .16, 0], [.06, 0, .08, 0]]))

@@ -11,6 +11,7 @@ from adverfine.attacks.gradient import FGSM, FGSMRS, NFGSM, PGD
 from adverfine.attacks.saturated import PGDPlusPlus
 from adverfine.attacks.scoring import Asked, Judge
 from adverfine.attacks.square import Square
+from adverfine.attacks.surrogates import Rescaled, Smoothed
 from adverfine.attacks.torchattacks import TorchAttack
 
 class Sure(nn.Module):
@@ -67,3 +68,12 @@ def test_an_attack_that_says_nothing_is_a_gradient():
 def test_a_judge_looks_once_more(attack):
     judge = Judge(Sure(), x, y)
     assert judge.run('attack', attack).passes==len(x)*(attack.passes+1)
+
+def test_the_price_of_a_surrogate():
+    "A look at a smoothed network is one pass, a gradient one and two for each pair of differences"
+    few = Rescaled(Smoothed(Sure(), samples=5))
+    for network,price in ((Rescaled(Sure()), 1+2), (Smoothed(Sure()), 1+61), (few, 1+11)):
+        asked = Asked(None, network)
+        asked(x)
+        asked(x.clone().requires_grad_())
+        assert asked.passes==len(x)*price

@@ -62,7 +62,7 @@ belongs = {
     'attacks.square':           [*_autoattack, 'tests/test_sparse_attacks.py'],
     'attacks.triage':           [*_autoattack, _escalation],
     'attacks.autoattack':       _autoattack,
-    'attacks.surrogates':       ['tests/test_guards.py', _escalation],
+    'attacks.surrogates':       ['tests/test_passes.py', 'tests/test_guards.py', _escalation],
     'compression.channels':     [*_pruning,
                                  _sees('head or taylor or criteri or twice or stream or refuses or sees')],
     'compression.importance':   [*_pruning, _sees('taylor or criteri')],

@@ -25,6 +25,7 @@ from .compression.plan import PruningPlan
 from .compression.pruning import StructuredPruning, prune
 from .compression.sensitivity import robust_sensitivity
 from .compression.quantization import quantize
+from .compression.gradual import Quantization
 from .evaluation.report import RobustnessReport
 from .evaluation.robustness import evaluate
 from .evaluation.metric import RobustAccuracy

@@ -10,7 +10,7 @@ from adverfine.attacks.square import Square
 from adverfine.attacks.scoring import Judge
 from adverfine.attacks.surrogates import Rescaled
 from adverfine.evaluation.cases import Case, Guard, guards
-from adverfine.evaluation.guards import inspect
+from adverfine.evaluation.guards import _by_margin, inspect
 
 class Then(nn.Module):
     def __init__(self, f): super().__init__(); self.f = f
@@ -242,6 +242,10 @@ def test_the_margin_is_taken_on_rescaled_logits():
     for scale,value in ((1., 1), (-1., 0)):
         assert _value('scaled_margin', _case(_blind(), fake_quantized=_linear(scale), gap=.09))==value
 
+def test_the_margin_in_l1_is_climbed_by_pgd_with_as_many_passes():
+    case = _case(_linear(), attacks=(PGD(.1, norm='l1'),))
+    assert _by_margin(case, 20)==PGD(.1, norm='l1', steps=40) and _by_margin(_case(_linear()), 20).steps==20
+
 def test_rescaled_logits_have_unit_size_and_a_constant_scale():
     net,x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)),torch.rand(5, 1, 2, 2, requires_grad=True)
     for scale in (1e-20, 1., 1e6):
@@ -285,6 +289,9 @@ def test_convergence():
     assert _measure('convergence', _case(net, attacks=(Square(.1),))) is None
     assert _measure('convergence', _case(_blind())) is None
     assert _value('convergence', _case(_blind(), fake_quantized=net))==1
+    many = _case(net, 600, attacks=(FGSM(.1),))
+    _measure('convergence', many)
+    assert many.judge.runs[-1].tried==200          # until an image is worth the limit
 
 def test_an_average_has_the_steps_of_what_is_averaged():
     net,attack = _linear(),EOT(PGD(.1, steps=30), 2)
@@ -299,6 +306,7 @@ def test_plateau():
     for attack,what in ((FGSM(.1), '1 step '), (PGD(.1, steps=9), '9 steps ')):      # too short to say
         value,says = _measure('plateau', _case(net, attacks=(attack,), gap=.2))
         assert value==1 and says.startswith(f'an attack of {what}does not show')
+    assert 'over the last ten of 10 steps' in _measure('plateau', _case(net, attacks=(PGD(.1),), gap=.2))[1]
     assert net[1].weight.requires_grad
     assert _measure('plateau', _case(net, attacks=(Square(.1),))) is None
     assert _measure('plateau', _case(_blind())) is None

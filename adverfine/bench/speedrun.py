@@ -126,7 +126,7 @@ def speedrun(
     longest:int=8, # Epochs of the longest schedule
     n:int=2000, # Validation images, at most
     **kwargs # For the data set, such as `path`
-) -> pd.DataFrame: # A row for each contestant; `times_sooner` than the best other one
+) -> pd.DataFrame: # A row for each contestant; `times_sooner` than the best rival
     "Seconds of training until the mean of several seeds reaches the goal, by each contestant's shortest schedule"
     if data not in _races: raise ValueError(f"{data!r} is not in this race: use one of {', '.join(_races)}")
     goal = _races[data][3] if goal is None else goal

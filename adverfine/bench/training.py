@@ -191,12 +191,13 @@ def training_step(
 # %% ../../nbs/bench/04_training.ipynb #5114070e
 def in_own_process(
     function:str, # Its module and name, with dots
-    *args # Whose `repr` makes them again
+    *args, # Whose `repr` makes them again
+    **kwargs # These too
 ): # What it returns, as JSON can hold it
     "Call a function in a process of its own; a `ChildProcessError` if it fails"
     module,_,name = function.rpartition('.')
     call = (f'import json, sys; from {module} import {name} as f; '
-            f'sys.stdout.write("\\n"+json.dumps(f(*{args!r})))')
+            f'sys.stdout.write("\\n"+json.dumps(f(*{args!r}, **{kwargs!r})))')
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', call], capture_output=True, text=True)
     if done.returncode: raise ChildProcessError(f'{args} failed:\n{done.stderr.strip()[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])

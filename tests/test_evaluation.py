@@ -11,7 +11,7 @@ from adverfine.networks.precision import bf16_is_fast
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.attack import Attack
-from adverfine.attacks.scoring import Judge
+from adverfine.attacks.scoring import Scorer
 from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.adaptive import Transfer
 from adverfine.attacks.torchattacks import TorchAttack
@@ -197,7 +197,7 @@ def test_a_weak_attack_is_not_trusted(learn):
     assert 'scaled_margin' in _flagged(learn.robustness(weak))
 
 def test_transfer_from_the_parent_betrays_a_masked_child(model, right):
-    case = Case(Judge(masks['rounding'][0](model), *right), (PGD(.1, steps=20),), parent=model)
+    case = Case(Scorer(masks['rounding'][0](model), *right), (PGD(.1, steps=20),), parent=model)
     case.judge.run('PGD-20', *case.attacks)
     found = guards['transfer'].find('transfer', case)   # alone: other guards would fool the same images first
     assert not found.ok and found.value>.1

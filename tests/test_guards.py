@@ -7,7 +7,7 @@ from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.adaptive import EOT, Transfer
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.square import Square
-from adverfine.attacks.scoring import Judge
+from adverfine.attacks.scoring import Scorer
 from adverfine.attacks.surrogates import Rescaled
 from adverfine.evaluation.cases import Case, Guard, guards
 from adverfine.evaluation.guards import _by_margin, inspect
@@ -29,7 +29,7 @@ def _case(model, n=8, attacks=(PGD(.1),), gap=.02, odd=0, fallen=0, fast=None, *
     "`n` images of class 0; the first pixel of the first `odd` ones is .7; the first `fallen` have fallen before"
     x = _x(n, gap)
     x[:odd,:,:1,:1] = .7
-    judge = Judge(model, x, torch.zeros(n, dtype=torch.long), standing=torch.ones(n, dtype=torch.bool), fast=fast)
+    judge = Scorer(model, x, torch.zeros(n, dtype=torch.long), standing=torch.ones(n, dtype=torch.bool), fast=fast)
     judge.stands[:fallen] = False
     return Case(judge, attacks, **kw)
 

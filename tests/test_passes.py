@@ -9,7 +9,7 @@ from adverfine.attacks.fab import FAB
 from adverfine.attacks.fmn import FMN
 from adverfine.attacks.gradient import FGSM, FGSMRS, NFGSM, PGD
 from adverfine.attacks.saturated import PGDPlusPlus
-from adverfine.attacks.scoring import Asked, Judge
+from adverfine.attacks.scoring import Asked, Scorer
 from adverfine.attacks.square import Square
 from adverfine.attacks.surrogates import Rescaled, Smoothed
 from adverfine.attacks.torchattacks import TorchAttack
@@ -66,7 +66,7 @@ def test_an_attack_that_says_nothing_is_a_gradient():
 
 @pytest.mark.parametrize('attack', [PGD(.1, steps=3), APGD(.1, steps=4), Square(.1, queries=7)], ids=str)
 def test_a_judge_looks_once_more(attack):
-    judge = Judge(Sure(), x, y)
+    judge = Scorer(Sure(), x, y)
     assert judge.run('attack', attack).passes==len(x)*(attack.passes+1)
 
 def test_the_price_of_a_surrogate():

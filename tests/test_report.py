@@ -8,7 +8,7 @@ from adverfine.threat import pixel_space, ThreatModel
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.losses import margin
-from adverfine.attacks.scoring import Asked, attacked, Judge, score
+from adverfine.attacks.scoring import Asked, attacked, Scorer, score
 from adverfine.attacks.gradient import FGSM, PGD
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.square import Square
@@ -289,18 +289,18 @@ def test_a_forward_pass_is_one_and_a_backward_pass_another(attack, own):
     """Each attack asks the network a last time about what it made; with eps 0 nothing falls to Square before its end,
     and how long APGD climbs depends on who falls"""
     net,ticks = Passes(_toy()),[]
-    judge = Judge(net, toy_x, toy_y, bs=5, tick=ticks.append)
+    judge = Scorer(net, toy_x, toy_y, bs=5, tick=ticks.append)
     assert net.n==14                                         # clean: known before any attack
     run = judge.run('x', attack)
     assert run.passes==net.n-14==sum(ticks)==judge.passes and own in (None, run.passes) and run.tried==12
     report = evaluate(lambda x: net(x), toy_x, toy_y, attack, bs=5, progress=False)
-    again = Judge(_toy(), toy_x, toy_y, bs=5)
+    again = Scorer(_toy(), toy_x, toy_y, bs=5)
     assert report.passes[attack.name]==again.run(attack.name, attack).passes       # its name is part of the seed
 
 def test_passes_through_a_fast_and_another_network_count_too():
     for through in (None, Passes(_toy(-1.))):
         exact,fast = Passes(_toy()),Passes(_toy())
-        judge = Judge(exact, toy_x, toy_y, fast=fast)
+        judge = Scorer(exact, toy_x, toy_y, fast=fast)
         exact.n = 0
         run = judge.run('x', PGD(.1, steps=3), through=through)
         seen = fast if through is None else through
@@ -310,8 +310,8 @@ def test_passes_through_a_fast_and_another_network_count_too():
     class Dear(nn.Module):
         passes_a_call = 4,9
         def forward(self, x): return _toy()(x)
-    assert Judge(_toy(), toy_x, toy_y).run('x', PGD(.1, steps=3), through=Dear()).passes==3*9*12+12
-    assert Judge(_toy(), toy_x, toy_y).run('x', Square(0., queries=3), through=Dear()).passes==4*4*12+12
+    assert Scorer(_toy(), toy_x, toy_y).run('x', PGD(.1, steps=3), through=Dear()).passes==3*9*12+12
+    assert Scorer(_toy(), toy_x, toy_y).run('x', Square(0., queries=3), through=Dear()).passes==4*4*12+12
     asked = Asked(_toy(), Dear())
     asked(toy_x); asked(toy_x.clone().requires_grad_()); asked.exactly(toy_x)
     assert asked.passes==14*(4+9+1) and not asked.training

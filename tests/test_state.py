@@ -5,7 +5,7 @@ from torch import nn
 from adverfine.threat import ThreatModel
 from adverfine.attacks.triage import Triage
 from adverfine.attacks.gradient import FGSM, PGD
-from adverfine.attacks.scoring import Judge
+from adverfine.attacks.scoring import Scorer
 from adverfine.evaluation.escalation import check_budget
 from adverfine.evaluation.robustness import check_alone, evaluate
 
@@ -119,13 +119,13 @@ def test_a_judge_that_knows_what_another_knew(toy):
     net,x,y = toy
     net.net = net.net[1]                 # without the rounding
     last_call[:] = [10**9]
-    judge = Judge(net, x, y)
+    judge = Scorer(net, x, y)
     known,images = judge.record()
     assert images.shape==(0, *x.shape[1:]) and not known['runs']
     for k,attack in enumerate((FGSM(.02), FGSM(.06), PGD(.3))): judge.run(str(k), attack)
     runs = judge.runs
     assert len({o.robust for o in runs})==3
-    again = Judge(net, x, y)
+    again = Scorer(net, x, y)
     again.restore(*judge.record())
     assert again.remaining==judge.clean.sum() and again.passes==0
     for k,run in enumerate(runs):

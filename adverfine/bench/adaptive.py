@@ -24,7 +24,7 @@ from ..networks.zoo import cnn8, resnet18_cifar
 from ..networks.fastest import fastest
 from ..data.pixels import pixels
 from ..data.sources import cifar10_dls, fashion_mnist_dls
-from ..attacks.scoring import Judge
+from ..attacks.scoring import Scorer
 from ..attacks.gradient import NFGSM, PGD
 from ..attacks.autoattack import AutoAttack
 from ..deployment.checkpoint import load_compressed
@@ -106,7 +106,7 @@ def contest_run(
     "What `AutoAttack` of this version leaves, and at what price"
     since = time.perf_counter()
     fast = fastest(model, x[:256])
-    judge = Judge(model, x, y, fast=None if fast.network is model else fast)
+    judge = Scorer(model, x, y, fast=None if fast.network is model else fast)
     for part in AutoAttack(eps, version=version).parts: judge.run(part.name, part)
     return dict(clean=judge.clean.sum().item()/len(x), robust=judge.robust, outcomes=judge.outcomes,
                 passes=judge.passes, seconds=time.perf_counter()-since, crafted=fast.name)

@@ -19,7 +19,7 @@ import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of
 from ..networks.zoo import cnn8
 from ..data.pixels import pixels
 from ..data.sources import fashion_mnist_dls
-from ..attacks.scoring import Judge
+from ..attacks.scoring import Scorer
 from ..attacks.gradient import PGD
 from ..attacks.apgd import APGD
 from ..attacks.autoattack import AutoAttack
@@ -132,11 +132,11 @@ def targeted_by_seed(
     import torchattacks
     rows = []
     for seed in tqdm(range(seeds), desc='seeds', delay=3):
-        judge = Judge(model, x, y, seed=seed)
+        judge = Scorer(model, x, y, seed=seed)
         judge.run('ours', APGD(eps, loss='dlr', targets=9, steps=steps))
         theirs = torchattacks.APGDT(model, eps=eps, norm='Linf', steps=steps, n_classes=10, seed=seed)
         x_adv = torch.cat([theirs(*b) for b in zip(x.split(256), y.split(256))])
-        other = judge.clean & Judge(model, x_adv, y).clean
+        other = judge.clean & Scorer(model, x_adv, y).clean
         rows.append(dict(seed=seed, stand=judge.stands.sum().item(), stand_torchattacks=other.sum().item(),
                          only_ours_fools=(other & ~judge.stands).sum().item(),
                          only_torchattacks_fools=(judge.stands & ~other).sum().item()))

@@ -25,7 +25,7 @@ from ..networks.zoo import cnn8
 from ..networks.fastest import fastest
 from ..data.pixels import pixels
 from ..data.sources import data_sets
-from ..attacks.scoring import Judge
+from ..attacks.scoring import Scorer
 from ..attacks.gradient import FGSMRS, NFGSM, PGD
 from ..attacks.autoattack import AutoAttack
 from ..evaluation.robustness import evaluate
@@ -187,7 +187,7 @@ def _judged(heats, model):
     "Accuracies on validation images: each column is what stands after all attacks up to it"
     x,y = (o[:heats.n] for o in pixels(heats.dls.valid))
     model.eval()
-    judge = Judge(model, x, y, seed=heats.seed, fast=fastest(model, x[:256]))
+    judge = Scorer(model, x, y, seed=heats.seed, fast=fastest(model, x[:256]))
     said = dict(clean=judge.robust)
     for name,attack in dict(pgd20=PGD(race_eps, steps=20), pgd50=PGD(race_eps, steps=50),
                             autoattack=AutoAttack(race_eps, version='adaptive')).items():

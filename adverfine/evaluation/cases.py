@@ -18,7 +18,7 @@ from ..threat import ThreatModel
 from ..networks.modes import frozen
 from ..attacks.attack import Attack, value_and_grad
 from ..attacks.losses import margin
-from ..attacks.scoring import Judge
+from ..attacks.scoring import Scorer
 from ..attacks.adaptive import EOT, Transfer
 from ..attacks.surrogates import inner_networks, Inside, Rescaled, StraightThrough
 
@@ -41,7 +41,7 @@ def crafts(
 @dataclass
 class Case:
     "An evaluation, as the guards see it"
-    judge:Judge           # Has the network, in eval mode, and says which images stand
+    judge:Scorer           # Has the network, in eval mode, and says which images stand
     attacks:tuple         # The parts of the attacks, in the order in which they ran
     parent:nn.Module = None           # The network before compression, if there is one
     fake_quantized:nn.Module = None   # The differentiable network behind a deployed one, if this is one

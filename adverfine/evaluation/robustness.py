@@ -20,7 +20,7 @@ from ..networks.modes import evaluating
 from ..networks.fastest import fastest
 from ..data.pixels import pixels
 from ..attacks.attack import Attack
-from ..attacks.scoring import Judge
+from ..attacks.scoring import Scorer
 from ..attacks.gradient import PGD
 from ..attacks.square import Square
 from .cases import Case
@@ -76,7 +76,7 @@ def _sketch(case, n=128):
     for share in (.5, 1, 1.5, 2, 3):
         eps = share*case.threat.eps if case.threat.norm!='l0' else round(share*case.threat.eps)
         if eps in curve or (eps>1 and case.threat.norm=='linf'): continue
-        judge = Judge(case.model, x, y, standing=stands, fast=whole.fast, tick=whole.tick)
+        judge = Scorer(case.model, x, y, standing=stands, fast=whole.fast, tick=whole.tick)
         judge.run('curve', PGD(eps, norm=case.threat.norm, clamp=case.threat.clamp), through=through)
         stands,curve[eps] = judge.stands,judge.robust
     return curve
@@ -88,7 +88,7 @@ def _judge(model, x, y, bs, seed, bf16, bar, folder):
         bar.total = max(bar.total, bar.n)
         bar.set_postfix_str(f'{judge.stands.sum()} of {len(x)} images standing', refresh=False)
         if folder: folder.keep(judge)
-    judge = Judge(model, x, y, bs, seed, tick=bar.update, after_batch=told)
+    judge = Scorer(model, x, y, bs, seed, tick=bar.update, after_batch=told)
     check_alone(model, x[:8].to(judge.device))
     fast = fastest(model, x[:bs].to(judge.device), bf16)
     if fast.network is not model: judge.fast = fast

@@ -16,7 +16,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
 from .. import __version__
 from ..files import write_atomic
-from ..attacks.scoring import Judge
+from ..attacks.scoring import Scorer
 
 # %% ../../nbs/evaluation/04_state.ipynb #8a31b211
 def _checksum_of(tensors):
@@ -49,13 +49,13 @@ class StateFolder:
         if Path(path).exists() and not Path(path).is_dir(): raise ValueError(f"state={path} is a file: name a folder")
         Path(path).mkdir(parents=True, exist_ok=True)
 
-    def keep(self, judge:Judge):
+    def keep(self, judge:Scorer):
         "Write down what `judge` knows"
         known,images = judge.record()
         texts = dict(of=json.dumps(self.mine), known=json.dumps(known))
         write_atomic(self.file, save(dict(images=images.contiguous()), metadata=texts))
 
-    def resume(self, judge:Judge):
+    def resume(self, judge:Scorer):
         "Let `judge` know what was written down, if anything was; a `ValueError` if it is of another evaluation"
         if not self.file.exists(): return
         try:

@@ -153,6 +153,7 @@ def image_dls(
     seed:int=42, # Fixes both splits and parts
     normalize:tuple=None, # (mean, std) in pixels, one number each or one per channel
     batch_tfms=None, # Further batch transforms, for training only where they say so (`split_idx=0`)
+    valid=None, # Validation images and labels, likewise; default: cut from the training images
     device=None, # Default: fastai's
     name:str='', # Of the data set, for reports
 ) -> SplitDataLoaders: # train, valid, test
@@ -161,9 +162,9 @@ def image_dls(
         raise ValueError(f"valid_pct={valid_pct} must lie between 0 and 1: "
                          "it is the share of the training images kept for validation")
     if vocab is None: vocab = range(int(torch.as_tensor(train[1]).max())+1)
-    full,last = (ImageSet(*o, vocab) for o in (train, test))
+    full,last,kept = (o and ImageSet(*o, vocab) for o in (train, test, valid))
     idxs = random_part(len(full), n_train, 'n_train', seed)
-    cut = max(1, round(len(idxs)*valid_pct))
+    cut = 0 if kept else max(1, round(len(idxs)*valid_pct))
     if cut==len(idxs):
         raise ValueError(f"n_train={len(idxs)} leaves nothing to train on after validation: ask for more")
     test_idxs = random_part(len(last), n_test, 'n_test', seed).sort().values
@@ -173,4 +174,5 @@ def image_dls(
         return BatchDL(part, bs=bs, after_batch=tfms, **kwargs)
     return SplitDataLoaders(
         loader(full, idxs[cut:], 0, shuffle=True, drop_last=len(idxs)-cut>=bs),
-        loader(full, idxs[:cut], 1), loader(last, test_idxs, 1), device=device or default_device())
+        loader(kept, slice(None), 1) if kept else loader(full, idxs[:cut], 1), loader(last, test_idxs, 1),
+        device=device or default_device())

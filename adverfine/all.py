@@ -42,7 +42,8 @@ from .training.averaging import WeightAverage
 from .training.perturbation import AWP
 from .training.warmup import EpsilonWarmup
 from .training.recipes import compress
-from .study.protocol import Cell
+from .study.protocol import Cell, Compression, FineTune, Judge
 from .study.study import Study
+from .study.presets import recommended
 from .study.tables import accuracy_table, plot_study
 from .study.page import write_report

@@ -1,4 +1,4 @@
-"""The command line: study, evaluate, compress, export and bench
+"""The command line: study, report, evaluate, compress, export and bench
 
 Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 
@@ -17,13 +17,17 @@ def _command(commands, run, about, **kwargs):
     parser.set_defaults(run=run)
     return parser.add_argument
 
-# %% ../nbs/02_cli.ipynb #8572ac5b
+# %% ../nbs/02_cli.ipynb #26d22e21
+def _asked_study(args):
+    "The study that the options describe"
+    from adverfine.study.definitions import study_of_words
+    said = {k: tuple(v) if isinstance(v, list) else v for k,v in vars(args).items() if k not in ('command', 'run')}
+    return study_of_words(**{k: v for k,v in said.items() if v is not None})
+
 def _study(args):
-    from adverfine.study.study import Study
     from adverfine.study.tables import accuracy_table
     from adverfine.study.page import write_report
-    options = {k: v for k,v in vars(args).items() if k not in ('command', 'run')}
-    study = Study(**{k: tuple(v) if isinstance(v, list) else v for k,v in options.items()})
+    study = _asked_study(args)
     try: df = study.run()
     except KeyboardInterrupt:
         print(f'\nStopped. {len(study.results())} of {len(study.cells())} cells are finished and kept in {study.out}; '
@@ -32,49 +36,66 @@ def _study(args):
     files = write_report(study)
     print('Clean / robust accuracy in percent, by fine-tuning\n')
     print(accuracy_table(df).to_string(index=False))
-    print(f"\n{df.attack[0]}{', escalated' if study.escalate else ''}, {study.attack.threat}, {df.n[0]} test images. "
+    print(f"\n{df.attack[0]}{', escalated'*study.judge.escalates_figure}, {study.judge.threat}, {df.n[0]} test images. "
           "Robust: right clean and attacked; [95 % interval]; ≤ where it is an upper bound.")
     for name,path in files.items(): print(f'{name:12} {path}')
 
-# %% ../nbs/02_cli.ipynb #347191fa
+# %% ../nbs/02_cli.ipynb #0b1db3b4
+def _bits(text):
+    "'8', or '1/8': of weights and of inputs"
+    return tuple(map(int, text.split('/'))) if '/' in text else int(text)
+
+def _joint(text):
+    "'0.5:8': a share of channels and bits"
+    share,_,bits = text.partition(':')
+    return float(share),_bits(bits)
+
+_study_numbers = dict(
+    epochs='epochs of a parent', fine_tune_epochs='epochs of each fine-tuning', bs='batch size',
+    lr="top of the parents' one-cycle learning rate", fine_tune_lr="top of the fine-tuning's",
+    eps='radius of the l-inf ball in pixels, such as 0.05', steps='PGD steps of the evaluation',
+    train_steps='PGD steps of adversarial training', n='judge only so many test images, drawn at random',
+    n_train='use only so many training images', n_test='use only so many test images',
+    budget='passes an image, at most, that going on with stronger attacks may take')
+
 def _add_study(commands):
-    add = _command(commands, _study, 'train, compress, fine-tune, attack: table and figure', description=
-        'Train a parent, prune and quantize it at several levels, fine-tune each normally and adversarially, measure.\n'
-        "Options that are left out get the data set's defaults. What was interrupted goes on where it stopped.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add('data', metavar='NAME', help='digits (no download, minutes), fashion_mnist or cifar10')
+    add = _command(commands, _study, 'train, compress, fine-tune, attack: table, figure and page', description=
+        'Train a parent, prune and quantize it at several levels, fine-tune each normally and adversarially, measure. '
+        'Options that are left out are up to the preset. What was interrupted goes on where it stopped.')
+    add('what', nargs='?', metavar='NAME', help='digits (minutes), fashion_mnist, cifar10, or a FILE.toml or FILE.py')
+    add('--data', metavar='FOLDER', help='images of your own, a folder for each class; or package.module:function')
+    add('--network', nargs='+', metavar='NAME', help='cnn8, resnet18_cifar (with width=16, say), torchvision:NAME, '
+        'timm:NAME or package.module:function')
+    add('--preset', default='quick', help='quick (default), paper (the protocol of arXiv 2403.09441) or honest')
     add('--out', help='output folder; default: studies/NAME')
     add('--levels', type=float, nargs='*', help='shares of channels to prune, such as 0.5 0.9')
-    add('--bits', type=int, nargs='*', help='bits to quantize to, of 16 8 4 3 2 1')
+    add('--bits', type=_bits, nargs='*', help='bits to quantize to, of 16 8 4 3 2 1; 1/8: 1 for weights, 8 for inputs')
+    add('--joint', type=_joint, nargs='*', metavar='SHARE:BITS', help='both, such as 0.5:8 0.9:4/8')
     add('--fine-tunings', nargs='+', help='of none, standard and adversarial')
     add('--parents', nargs='+', help='how parents are trained: standard, adversarial or both')
     add('--seeds', type=int, nargs='+', help='one parent each')
-    add('--epochs', type=int, help='epochs of a parent')
-    add('--fine-tune-epochs', type=int, help='epochs of each fine-tuning')
-    add('--lr', type=float, help="top of the parents' one-cycle learning rate")
-    add('--fine-tune-lr', type=float, help="top of the fine-tuning's")
-    add('--bs', type=int, help='batch size')
-    add('--eps', type=float, help='radius of the l-inf ball in pixels, such as 0.05')
-    add('--steps', type=int, help='PGD steps of the evaluation')
-    add('--train-steps', type=int, help='PGD steps of adversarial training')
-    add('--n-train', type=int, help='use only so many training images')
-    add('--n-test', type=int, help='evaluate on only so many test images')
     add('--path', help='folder of the data set')
-    add('--paper', action='store_true', help='the threat model of arXiv 2403.09441 for training and testing')
-    add('--escalate', action=argparse.BooleanOptionalAction, help='go on after PGD; default: yes, but not with --paper')
+    for name,text in _study_numbers.items():
+        add(f"--{name.replace('_', '-')}", type=float if name.endswith(('lr', 'eps')) else int, help=text)
+    add('--escalate', action=argparse.BooleanOptionalAction, help='go on with stronger attacks; default: yes')
     add('--bf16', action=argparse.BooleanOptionalAction, help='use bfloat16; default: where that is faster here')
-    add('--download', action='store_true', help='let torchvision download the data set')
+    add('--download', action='store_const', const=True, help='let torchvision download the data set')
 
-# %% ../nbs/02_cli.ipynb #124b1247
+# %% ../nbs/02_cli.ipynb #a56acefe
+def _report(args):
+    from adverfine.study.page import write_report
+    for folder in args.folders:
+        for name,path in write_report(folder).items(): print(f'{name:12} {path}')
+
+def _add_report(commands):
+    add = _command(commands, _report, 'write table, figure and page of a study again, from its folder')
+    add('folders', nargs='+', metavar='FOLDER', help='output folder of a study')
+
+# %% ../nbs/02_cli.ipynb #cf9946cb
 def _data(args):
-    "The function that makes the DataLoaders of the data set that was named"
-    from functools import partial
-    from adverfine.data.sources import data_sets
-    if args.data not in data_sets:
-        raise ValueError(f"data {args.data!r} is unknown: use one of {', '.join(data_sets)}")
-    if args.path and args.data=='digits':
-        raise ValueError(f"--path {args.path}: the digits come with scikit-learn, leave it out")
-    return partial(data_sets[args.data], **({'path': args.path} if args.path else {}))
+    "The function that makes the DataLoaders that were named"
+    from adverfine.study.inputs import images_maker
+    return images_maker(args.data, args.path)
 
 def _check_shape(shape, args, made_for):
     if shape!=made_for:
@@ -114,7 +135,7 @@ def _evaluate(args):
     if args.html: write_atomic(args.html, robustness_page(result, args.model))
     print(result.to_json() if args.json else result)
 
-# %% ../nbs/02_cli.ipynb #8c9afba8
+# %% ../nbs/02_cli.ipynb #04952e97
 def _add_escalate(add):
     add('--escalate', action=argparse.BooleanOptionalAction, default=True, help='go on until none finds more (default)')
     add('--budget', type=int, default=20_000, help='passes for an image that this may take; default: 20000')
@@ -122,7 +143,7 @@ def _add_escalate(add):
 def _add_evaluate(commands):
     add = _command(commands, _evaluate, 'attack a saved network: clean and robust accuracy, and whether to trust them')
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
-    add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10; its test images are taken')
+    add('--data', required=True, metavar='NAME', help='digits, fashion_mnist, cifar10 or a folder of images')
     add('--attack', nargs='+', default=['autoattack'], metavar='NAME', help=f"{', '.join(_attacks)}; default: first")
     add('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05; in l0 a number of pixels')
     add('--norm', default='linf', help='linf, l2, l1 or l0')
@@ -137,12 +158,12 @@ def _add_evaluate(commands):
     add('--json', action='store_true', help='print JSON')
     add('--html', metavar='FILE', help='write a page as well')
 
-# %% ../nbs/02_cli.ipynb #80a8b4af
+# %% ../nbs/02_cli.ipynb #69fb9c6a
 def _compress(args):
     from adverfine.training.recipes import compress
-    from adverfine.study.study import Study
+    from adverfine.study.presets import defaults_for
     dls = _data(args)
-    eps = Study(args.data).eps if args.eps is None else args.eps
+    eps = defaults_for(args.data, eps=args.eps)['eps']
     out = args.out or f'{args.model.rstrip("/")}-compressed'
     bits = args.bits and (args.bits[0] if len(args.bits)==1 else tuple(args.bits))
     report = compress(args.model, out, dls, args.prune, bits, args.epochs, eps, args.adversarial, args.lr,
@@ -153,7 +174,7 @@ def _add_compress(commands):
     add = _command(commands, _compress, 'prune, quantize and fine-tune a saved network, measure it and save it again')
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
     add('--out', help='folder for the smaller network; default: MODEL_DIR-compressed')
-    add('--data', required=True, metavar='NAME', help='digits, fashion_mnist or cifar10')
+    add('--data', required=True, metavar='NAME', help='digits, fashion_mnist, cifar10 or a folder of images')
     add('--prune', type=float, metavar='LEVEL', help='share of the channels to remove, such as 0.5')
     add('--bits', type=int, nargs='+', help='to quantize to, of 16 8 4 3 2 1; two numbers: for weights and for inputs')
     add('--epochs', type=int, default=3, help='of fine-tuning; default: 3')
@@ -210,14 +231,14 @@ def _add_bench(commands):
     add('--path', help='folder of the data set')
     add('--json', action='store_true', help='print JSON')
 
-# %% ../nbs/02_cli.ipynb #498a2337
+# %% ../nbs/02_cli.ipynb #f1a5c146
 def main(
     argv=None, # Arguments; default: the command line's
 ) -> int: # Exit status: 0, 2 for a mistake in the arguments, missing data or a full disk, 130 for Ctrl-C
     "Entry point of the command `adverfine`"
     parser = argparse.ArgumentParser('adverfine', description='Compress vision models and keep them robust.')
     commands = parser.add_subparsers(dest='command', required=True)
-    for add in (_add_study, _add_evaluate, _add_compress, _add_export, _add_bench): add(commands)
+    for add in (_add_study, _add_report, _add_evaluate, _add_compress, _add_export, _add_bench): add(commands)
     args = parser.parse_args(argv)
     warnings.filterwarnings('ignore', category=FutureWarning)
     try: return args.run(args) or 0

@@ -10,11 +10,14 @@ from adverfine.networks.fastest import Faster, fastest
 from adverfine.networks.modes import frozen
 from adverfine.networks.precision import in_bf16
 from adverfine.networks.zoo import cnn8, resnet18_cifar
+from adverfine.data.images import image_dls
 from adverfine.data.sources import digits_dls
+from adverfine.attacks.gradient import PGD
 from adverfine.compression.quantization import quantize
 from adverfine.training import acceleration
 from adverfine.training.acceleration import BF16, trains_faster_in_bf16
-from adverfine.study import study
+from adverfine.study import study as study_module
+from adverfine.study.protocol import FineTune, Judge
 from adverfine.study.study import Study
 
 forms = 'as it is', 'channels_last', 'fused', 'bf16', 'fused bf16'
@@ -333,14 +336,15 @@ def test_a_fit_takes_the_faster_precision(steps, faster):
 @pytest.mark.parametrize('faster', [True, False])
 def test_a_study_settles_its_precision_once(steps, faster, tmp_path, monkeypatch):
     steps[0]['bf16'] = .5 if faster else 2.
-    x = torch.rand(8, 3, 32, 32)
-    first,second = (Study('cifar10', out=tmp_path) for _ in range(2))
+    x,y = torch.rand(40, 3, 32, 32),torch.arange(40)%10
+    dls = image_dls((x, y), (x, y), bs=8)
+    def study(**kwargs):
+        tunings = FineTune('none'),FineTune('standard')
+        return Study(dls, 'resnet18_cifar', (), *tunings, Judge(PGD(.1)), out=tmp_path, **kwargs)
+    first,second = study(),study()
     assert first.bf16 is None
-    with pytest.raises(ValueError, match='bf16 is left open: give a batch'): first.claim()
-    first.claim(x)
-    assert first.bf16 is faster and len(steps[1])==1
-    monkeypatch.setattr(study, 'trains_faster_in_bf16', None)           # whoever comes later takes it from the folder
-    second.claim(x)
-    assert second.bf16 is faster
+    assert first.claim(dls).bf16 is faster and len(steps[1])==1
+    monkeypatch.setattr(study_module, 'trains_faster_in_bf16', None)    # whoever comes later takes it from the folder
+    assert second.claim(dls).bf16 is faster
     with pytest.raises(ValueError, match=f'bf16 is {faster} there and {not faster} here'):
-        Study('cifar10', out=tmp_path, bf16=not faster).claim()
+        study(bf16=not faster).claim(dls)

@@ -7,9 +7,11 @@ from adverfine.networks.zoo import cnn8
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.evaluation.report import interval, RobustnessReport
-from adverfine.study.protocol import completed, judged, row_columns as columns
+from adverfine.study.rows import completed, judged, row_columns as columns, seeds_half_width
+from adverfine.study.folder import read_study
 from adverfine.study.study import Study
-from adverfine.study.tables import accuracy_table, plot_study, seeds_half_width
+import adverfine.study.presets  # noqa: F401 makers of studies
+from adverfine.study.tables import accuracy_table, plot_study
 from adverfine.study.page import in_words, write_report
 
 tiny = dict(levels=(.3,.6), bits=(4,), epochs=3, fine_tune_epochs=1, n_train=300, n_test=60, steps=3, train_steps=1,
@@ -59,15 +61,17 @@ def test_help_does_not_wait_for_torch():
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
 
 def test_extended_not_repeated(tmp_path):
-    Study('digits', out=tmp_path, **dict(tiny, levels=(.3,), bits=())).run(progress=False)
+    Study.quick('digits', out=tmp_path, **dict(tiny, levels=(.3,), bits=())).run(progress=False)
     stamp = {f: f.stat().st_mtime_ns for f in (tmp_path/'cells').iterdir()}
-    more = Study('digits', out=tmp_path, **tiny)
+    more = Study.quick('digits', out=tmp_path, **tiny)
     assert len(more.run(progress=False))==12
     assert len(stamp)==6 and all(f.stat().st_mtime_ns==t for f,t in stamp.items())
     df = pd.read_csv(tmp_path/'results.csv')
     assert list(df.columns)==columns and columns[:19]==('data seed parent compression level fine_tuning clean robust '
         'clean_ci robust_ci n attack eps params macs bytes latency_ms seconds version').split()
-    assert df.drop(columns='reasons').notna().all().all() and (df.robust<df.clean).all()   # PGD takes something of each
+    always = columns[:columns.index('prune')] + 'label norm clamp attacks epochs network torch device'.split()
+    assert df[always].drop(columns='reasons').notna().all().all()
+    assert (df.robust<df.clean).all()                         # PGD takes something of each
     for row in df.itertuples():
         for k in ('clean', 'robust'):
             low,high = getattr(row, f'{k}_low'),getattr(row, f'{k}_high')
@@ -82,11 +86,11 @@ def test_extended_not_repeated(tmp_path):
     files = write_report(more)
     assert files and all(f.stat().st_size for f in files.values())
     for bad in (dict(eps=.2), dict(steps=4), dict(n_test=50), dict(escalate=True)):
-        other = Study('digits', out=tmp_path, **{**tiny, **bad})
+        other = Study.quick('digits', out=tmp_path, **{**tiny, **bad})
         with pytest.raises(ValueError, match='holds another study'): other.run(progress=False)
 
 def test_damaged_files_are_named(tmp_path):
-    study = Study('digits', out=tmp_path, **dict(tiny, levels=(), bits=()))
+    study = Study.quick('digits', out=tmp_path, **dict(tiny, levels=(), bits=()))
     study.run(progress=False)
     cell = next((tmp_path/'cells').iterdir())
     cell.write_text(cell.read_text()[:30])
@@ -99,57 +103,57 @@ def test_damaged_files_are_named(tmp_path):
 def test_parents_and_seeds(tmp_path):
     grid = dict(parents=('standard', 'adversarial'), seeds=(0, 1), levels=(.5,), bits=(8,),
                 fine_tunings=('adversarial',))
-    study = Study('digits', out=tmp_path, **{**tiny, **grid})
+    study = Study.quick('digits', out=tmp_path, **{**tiny, **grid})
     df = study.run(progress=False)
     assert len(df)==12 and len(list((tmp_path/'parents').iterdir()))==4
     assert '±' in accuracy_table(df).to_string()
     assert len(plot_study(df).axes)==4
-    assert 'mean ± t s/√k' in in_words(study)
+    assert 'mean ± t s/√k' in in_words(read_study(study.out))
 
 @pytest.mark.parametrize('fine_tunings', [('none',), ('standard',)])
 def test_any_part_of_the_grid_can_be_drawn(tmp_path, fine_tunings):
-    study = Study('digits', out=tmp_path, **dict(tiny, levels=(), bits=(), fine_tunings=fine_tunings))
+    study = Study.quick('digits', out=tmp_path, **dict(tiny, levels=(), bits=(), fine_tunings=fine_tunings))
     study.run(progress=False)
     write_report(study)
 
 claimer = '''
 import sys
-from adverfine.study.study import Study
-study = Study('digits', out=sys.argv[1], seeds=(0,), eps=float(sys.argv[2]))
+from adverfine.study.presets import Study
+study = Study.quick('digits', out=sys.argv[1], seeds=(0,), eps=float(sys.argv[2]))
+dls = study.images()
+print(flush=True)
 sys.stdin.readline()
-try: study.claim()
+try: study.claim(dls)
 except ValueError: sys.exit(3)
 '''
 
 def test_a_folder_belongs_to_whoever_came_first(tmp_path):
     def claim(eps):
         command = [sys.executable, '-c', claimer, tmp_path/'out', eps]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=env)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     claims = [claim(o) for o in ('.1', '.2', '.3')]
-    time.sleep(.1)
+    for o in claims: o.stdout.readline()
     for o in claims:
         o.stdin.write('\n')
         o.stdin.flush()
     assert sorted(o.wait() for o in claims)==[0, 3, 3]
 
-def test_one_number_of_bits():
-    said = r'one number of bits.*quantize\(bits=\(1, 8\)\) takes two'
-    with pytest.raises(ValueError, match=said): Study('digits', bits=((1, 8),))
-
 def test_rows_of_several_versions_are_said_to_be(tmp_path):
     import adverfine
-    study = Study('digits', out=tmp_path, **dict(tiny, levels=(), bits=()))
+    study = Study.quick('digits', out=tmp_path, **dict(tiny, levels=(), bits=()))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         assert set(study.run(progress=False).version)=={adverfine.__version__}
-    assert not [o for o in said if 'several versions' in str(o.message)] and 'several versions' not in in_words(study)
+    assert not [o for o in said if 'several versions' in str(o.message)]
+    assert 'several versions' not in in_words(read_study(study.out))
     first,second = sorted((tmp_path/'cells').iterdir())[:2]
     row = json.loads(first.read_text())
     first.write_text(json.dumps({k: v for k,v in row.items() if k!='version'}))  # as it was once written
     second.write_text(json.dumps(json.loads(second.read_text()) | dict(version='0.0.1')))
     with pytest.warns(UserWarning, match='several versions.*0.0.1'): df = study.run(progress=False)
     assert sorted(df.version)==sorted(['unknown', '0.0.1', adverfine.__version__])
-    assert '1 by unknown' in in_words(study) and '1 by 0.0.1' in write_report(study)['report.html'].read_text()
+    assert '1 by unknown' in in_words(read_study(study.out))
+    assert '1 by 0.0.1' in write_report(study)['report.html'].read_text()
 
 def test_a_race_with_other_images_is_another(tmp_path):
     from adverfine.bench.kept import KeptResults, that_matter
@@ -158,29 +162,6 @@ def test_a_race_with_other_images_is_another(tmp_path):
     folder(n_train=100, path='there', download=True)
     with pytest.raises(ValueError, match='n_train'): folder(n_train=200, path='here')
 
-def test_a_folder_of_an_older_version_goes_on(tmp_path):
-    grid = dict(levels=(.3,), bits=(), fine_tunings=('none',))
-    study = Study('digits', out=tmp_path, **{**tiny, **grid})
-    now = study.run(progress=False)
-    said = json.loads((tmp_path/'study.json').read_text())
-    del said['study']['escalate']
-    (tmp_path/'study.json').write_text(json.dumps(said))
-    dense,pruned = sorted((tmp_path/'cells').iterdir())
-    row = json.loads(dense.read_text())
-    kept = [*columns[:18], 'verdict']         # what was in a row before there were versions
-    dense.write_text(json.dumps({k: row[k] for k in kept} | dict(verdict='upper bound: possible gradient masking')))
-    pruned.unlink()
-    with pytest.warns(UserWarning, match='several versions'):
-        df = Study('digits', out=tmp_path, **{**tiny, **grid, 'escalate': None}).run(progress=False)
-    old,new = (df[df.compression==o].iloc[0] for o in ('none', 'prune'))
-    same = ['clean', 'robust', 'clean_low', 'robust_low', 'robust_high', 'clean_ci', 'split']
-    assert old[same].tolist()==now.iloc[0][same].tolist() and pd.isna(old.passes) and pd.isna(old.reasons)
-    assert old.version=='unknown' and not old.broken and new.passes>1.5*now.passes[1] and new.robust<=now.robust[1]
-    for k in write_report(study): assert (tmp_path/k).stat().st_size
-    shown = accuracy_table(df)['not fine-tuned']
-    assert '≤' in shown[0] and f'[{old.clean_low*100:.1f}, {old.clean_high*100:.1f}] /' in shown[0]
-    assert 'NaN' not in (tmp_path/'report.html').read_text()
-
 def test_compressed_cells_are_attacked_from_their_parent(tmp_path, monkeypatch):
     import adverfine.evaluation.guards as guards
     asked = []
@@ -188,7 +169,7 @@ def test_compressed_cells_are_attacked_from_their_parent(tmp_path, monkeypatch):
         asked.append({k: v.clone() for k,v in surrogate.state_dict().items()})
         return attack
     monkeypatch.setattr(guards, 'Transfer', transferred)
-    study = Study('digits', out=tmp_path, **dict(tiny, levels=(.6,), bits=(), fine_tunings=('standard',)))
+    study = Study.quick('digits', out=tmp_path, **dict(tiny, levels=(.6,), bits=(), fine_tunings=('standard',)))
     study.run(progress=False)
     dense = load_file(next((tmp_path/'parents').iterdir()))
     assert len(asked)==1         # not the uncompressed one
@@ -204,11 +185,12 @@ def _report(**kwargs):
 def test_what_a_row_says_of_a_report():
     row = judged(_report())
     assert (row['robust'], row['passes'], row['verdict'], row['reasons'])==(.4, 41., 'trusted', '')
-    assert judged(_report(), after='PGD-20')['robust']==.5       # the figure of the attack alone, for the paper's
+    swept = judged(_report(), dict(clean=.8, robust=.5, n=1000), by_sweep=True)       # the figure of the reference
+    assert [swept[k] for k in ('clean', 'robust', 'n', 'judged_robust', 'sweep_n')]==[.8, .5, 1000, .4, 1000]
+    beside = judged(_report(), dict(clean=.8, robust=.5, n=1000))
+    assert [beside[k] for k in ('clean', 'robust', 'n', 'sweep_robust')]==[.9, .4, 100, .5]
     low,high = interval(.4, 100)
     assert (row['robust_low'], row['robust_high'], row['robust_ci'])==pytest.approx((low, high, (high-low)/2))
-    assert Study('cifar10', paper=True, bf16=False).escalate is False and Study('digits').escalate is True
-    assert Study('cifar10', paper=True, bf16=False, escalate=True).escalate is True
 
 @pytest.mark.parametrize('k', [2, 3, 5, 11, 12, 30, 200])
 def test_the_interval_over_seeds_is_students(k):
@@ -221,7 +203,7 @@ def test_the_interval_over_seeds_is_students(k):
     assert pd.isna(seeds_half_width([.5]))
 
 def test_intervals_in_table_and_figure_lean_as_wilsons_do():
-    cell = dict(data='digits', parent='standard', compression='none', level=0, fine_tuning='standard',
+    cell = dict(data='digits', parent='standard', compression='none', level=0, label='none-0', fine_tuning='standard',
                 attack='PGD-20', eps=.1, params=1, macs=1, bytes=1, latency_ms=1., seconds=1., verdict='trusted')
     rows = [completed(dict(cell, seed=k, clean=.98-.04*k, robust=.02+.04*k, n=100)) for k in range(2)]
     one,two = (pd.DataFrame(rows[:k], columns=columns) for k in (1, 2))
@@ -240,8 +222,8 @@ def test_intervals_in_table_and_figure_lean_as_wilsons_do():
         assert len(bars)==2*len(df)     # clean and robust, and for several seeds a broad bar beside each
 
 def test_the_figure_says_that_stronger_attacks_followed():
-    cell = dict(data='digits', seed=0, parent='standard', compression='none', level=0, fine_tuning='standard',
-                attack='PGD-20', eps=.1, params=1, macs=1, bytes=1, latency_ms=1., seconds=1., verdict='trusted')
+    cell = dict(data='digits', seed=0, parent='standard', compression='none', level=0, label='none-0',
+                fine_tuning='standard', attack='PGD-20', eps=.1, params=1, macs=1, bytes=1, latency_ms=1., seconds=1., verdict='trusted')
     for more,title in ((dict(escalated=True), 'PGD-20, escalated, eps'), ({}, 'PGD-20, eps')):
         row = completed(dict(cell, clean=.9, robust=.5, n=100) | more)
         assert title in plot_study(pd.DataFrame([row])).get_suptitle()

@@ -17,8 +17,8 @@ _adverfine = [sys.executable, '-c', 'import sys; from adverfine.cli import main;
 def steps(fashion, cifar, out):
     "Name -> commands, each a list of words, the quickest first"
     def bench(*words): return [*_adverfine, 'bench', *words]
-    study = ['study', 'cifar10', '--parents', 'standard', 'adversarial', '--levels', '0.5', '0.7', '0.9', '--bits', '8',
-             '4', '2', '1', '--epochs', '60', '--fine-tune-epochs', '10', '--eps', f'{8/255:.6f}', '--path', cifar]
+    study = ['study', 'cifar10', '--preset', 'honest', '--epochs', '60', '--fine-tune-epochs', '10', '--n', '10000',
+             '--eps', f'{8/255:.6f}', '--path', cifar]
     return dict(
         tests=[[sys.executable, '-m', 'pytest', '-q', '--no-notebooks', '-k', 'gpu or cuda', str(root/'tests')]],
         training=[bench('training', '--network', o, '--out', f'{out}/training') for o in ('cnn8', 'resnet18')],

@@ -29,7 +29,7 @@ _pruning = ['tests/test_pruning.py']
 _quantization = ['tests/test_quantization.py']
 _deployment = ['tests/test_deployment.py']
 _training = ['tests/test_training.py']
-_study = ['tests/test_study.py']
+_study = ['tests/test_study.py', 'tests/test_study_values.py']
 def _sees(words): return f'tests/test_compression.py -k "{words}"'
 
 belongs = {
@@ -97,8 +97,15 @@ belongs = {
     'training.perturbation':    _training,
     'training.warmup':          _training,
     'training.recipes':         _training,
+    'study.names':              _study,
     'study.protocol':           _study,
+    'study.inputs':             _study,
+    'study.rows':               _study,
+    'study.cells':              _study,
+    'study.folder':             _study,
     'study.study':              _study,
+    'study.presets':            _study,
+    'study.definitions':        _study,
     'study.tables':             _study,
     'study.page':               _study,
     'bench.data':               [],

@@ -42,13 +42,17 @@ def _as_bytes(im, grey):
 def _classes_of(folder):
     classes = sorted(o.name for o in folder.iterdir() if o.is_dir() and o.name[0]!='.')
     if len(classes)<2:
-        raise ValueError(f"{folder} holds {len(classes)} folders of images: two or more classes are needed, a folder for each")
+        raise ValueError(f"{folder} holds {len(classes)} folders of images: two or more classes are needed, a folder "
+                         f"for each")
     return classes
 
 def _files_of(folder, classes):
     "(path, number of the class) of every image"
-    odd = next((o.name for o in sorted(folder.iterdir()) if o.is_dir() and o.name[0]!='.' and o.name not in classes), None)
-    if odd: raise ValueError(f"{folder/odd} is a class that the training images do not have: they have {', '.join(classes)}")
+    odd = next((o.name for o in sorted(folder.iterdir()) if o.is_dir() and o.name[0]!='.' and o.name not in classes),
+               None)
+    if odd:
+        raise ValueError(f"{folder/odd} is a class that the training images do not have: they have "
+                         f"{', '.join(classes)}")
     there = [(o, i) for i,c in enumerate(classes) if (folder/c).is_dir() for o in sorted((folder/c).rglob('*'))]
     files = [(f, i) for f,i in there if f.suffix.lower() in image_extensions and f.name[0]!='.']
     if not files: raise ValueError(f"{folder} holds no images: files such as {folder/classes[0]}/1.png are needed")

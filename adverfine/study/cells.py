@@ -88,9 +88,11 @@ def compress_during(
     "Prune and quantize during a fit"
     cbs,start = [],0.
     if compression.prune is not None:
-        cbs.append(StructuredPruning(compression.prune, compression.cut, compression.end, criterion=compression.criterion))
+        cbs.append(StructuredPruning(compression.prune, compression.cut, compression.end,
+                                     criterion=compression.criterion))
         if compression.cut!='one_shot': start = compression.end
-    if compression.bits is not None: cbs.append(Quantization(compression.bits, compression.rounding, start=start, end=max(start, .5)))
+    if compression.bits is not None:
+        cbs.append(Quantization(compression.bits, compression.rounding, start=start, end=max(start, .5)))
     return cbs
 
 # %% ../../nbs/study/04_cells.ipynb #b7b5e16b
@@ -187,5 +189,6 @@ def measure(self:Setup,
     row = said_of(cell, judge) | judged(report, sweep, judge.by_sweep) | asdict(cost(learn.model, example))
     row |= dict(seconds=round(taken, 3), training_seconds=round(parent_seconds if is_parent else seconds, 3),
                 epochs=(cell.parent if is_parent else cell.tuning).epochs if seconds or is_parent else 0,
-                batch_size=self.dls.train.bs, bf16=self.bf16, device=self.dls.device.type, network=type(learn.model).__name__)
+                batch_size=self.dls.train.bs, bf16=self.bf16, device=self.dls.device.type,
+                network=type(learn.model).__name__)
     return {k: row.get(k) for k in row_columns}

@@ -44,7 +44,8 @@ class StudyFolder:
         if not self.file.exists(): return None
         found = loaded_json(self.file)
         if 'protocol' not in found:
-            raise ValueError(f"{self.path} holds a study of a version of adverfine before 0.1.0: name another output folder")
+            raise ValueError(f"{self.path} holds a study of a version of adverfine before 0.1.0: name another output "
+                             f"folder")
         return found['protocol']
 
     def claim(self,
@@ -96,7 +97,8 @@ class ParentFiles:
         "A stored parent"
         file = self.file(cell)
         try:
-            with safe_open(file, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()},float(f.metadata()['seconds'])
+            with safe_open(file, 'pt') as f:
+                return {k: f.get_tensor(k) for k in f.keys()},float(f.metadata()['seconds'])
         except (SafetensorError, KeyError, TypeError) as e:
             raise ValueError(f"{file} is damaged ({e}): delete it, and the parent will be trained again") from e
 

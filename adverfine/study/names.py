@@ -26,7 +26,8 @@ def named(
 ):
     "The function, class or other object of that name; a `ValueError` if there is none"
     module,_,path = name.partition(':')
-    if not module or not path: raise ValueError(f"{name!r} is no name of a function: write it as package.module:function")
+    if not module or not path:
+        raise ValueError(f"{name!r} is no name of a function: write it as package.module:function")
     try: found = importlib.import_module(module)
     except ImportError as e:
         raise ValueError(f"{name!r} cannot be had, since {module!r} cannot be imported ({e}): "

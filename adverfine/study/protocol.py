@@ -27,10 +27,10 @@ from ..training.warmup import EpsilonWarmup
 class Compression:
     "What is removed of a network, and how finely the rest is rounded"
     prune:float|None=None         # Share of the channels to remove
-    bits:int|tuple|None=None      # 16, 8, 4, 3, 2 or 1, for weights and inputs of layers; or a pair such as (1, 8): weights first
+    bits:int|tuple|None=None      # 16, 8, 4, 3, 2 or 1, for weights and inputs; or a pair such as (1, 8): weights first
     _:KW_ONLY
     criterion:str|Taylor='l1'     # What makes a channel important; see `PruningPlan`
-    cut:str='one_shot'            # When channels go: 'one_shot', before the fine-tuning; 'iterative' or 'cubic', during it
+    cut:str='one_shot'            # 'one_shot', before fine-tuning; or during it, 'iterative' or 'cubic'
     end:float=.75                 # Share of the fine-tuning's epochs by which all of them are gone
     rounding:str='one_shot'       # When bits go: 'one_shot' or 'progressive', from 8 bits down
 
@@ -71,7 +71,7 @@ tunings = 'none','standard','adversarial'
 @dataclass(frozen=True)
 class FineTune:
     "How a network is trained, or trained further"
-    how:str|Callable='adversarial'   # 'none', 'standard', 'adversarial', or a function that trains the Learner it is given
+    how:str|Callable='adversarial'   # 'none', 'standard', 'adversarial', or a function that trains a Learner
     epochs:int=3                     # Passes over the training images
     lr:float=3e-3                    # Learning rate; of the one-cycle schedule, the top
     attack:Attack|None=None          # Makes the images of adversarial training
@@ -91,13 +91,16 @@ class FineTune:
         if not callable(self.how) and self.how not in tunings:
             raise ValueError(f"how={self.how!r} is not offered: use {', '.join(tunings)}, or a function of a Learner")
         if self.name is None: object.__setattr__(self, 'name', getattr(self.how, '__name__', self.how))
-        if not self.name or '/' in self.name: raise ValueError(f"name={self.name!r} names a file: use letters and digits")
+        if not self.name or '/' in self.name:
+            raise ValueError(f"name={self.name!r} names a file: use letters and digits")
         if (self.how=='adversarial')!=(self.attack is not None):
-            raise ValueError(f"how={self.name!r} and attack={self.attack}: adversarial training needs an attack, such as "
-                             "PGD(8/255, steps=5), and nothing else takes one")
+            raise ValueError(f"how={self.name!r} and attack={self.attack}: adversarial training needs an attack, such "
+                             f"as PGD(8/255, steps=5), and nothing else takes one")
         if self.how!='adversarial' and (self.objective or self.teacher or self.warmup or self.watched):
-            raise ValueError(f"how={self.name!r} takes no objective, teacher, warmup or watched: those are of adversarial training")
-        if not (isinstance(self.epochs, int) and self.epochs>=1): raise ValueError(f"epochs={self.epochs} must be 1 or more")
+            raise ValueError(f"how={self.name!r} takes no objective, teacher, warmup or watched: those are of "
+                             f"adversarial training")
+        if not (isinstance(self.epochs, int) and self.epochs>=1):
+            raise ValueError(f"epochs={self.epochs} must be 1 or more")
         if not self.lr>0: raise ValueError(f"lr={self.lr} must be positive")
         if self.average!=0: WeightAverage(self.average)
         if self.warmup: EpsilonWarmup(self.warmup)
@@ -108,11 +111,12 @@ def _check_optimizer(tuning):
         raise ValueError(f"optimizer={tuning.optimizer!r} is not offered: use 'adam' or 'sgd'")
     stepped = isinstance(tuning.schedule, tuple) and len(tuning.schedule)==2
     if not stepped and tuning.schedule not in ('one_cycle', 'constant'):
-        raise ValueError(f"schedule={tuning.schedule!r} is not offered: use 'one_cycle', 'constant', or (epoch, factor)")
+        raise ValueError(f"schedule={tuning.schedule!r} is not offered: use 'one_cycle', 'constant', or (epoch, "
+                         f"factor)")
     if not 0<=tuning.momentum<1 or tuning.wd<0:
         raise ValueError(f"momentum={tuning.momentum} must lie between 0 and 1, and wd={tuning.wd} be 0 or more")
 
-# %% ../../nbs/study/01_protocol.ipynb #fe2df5ad
+# %% ../../nbs/study/01_protocol.ipynb #49999f34
 @dataclass(frozen=True)
 class Judge:
     "Which attacks a network has to withstand, and on how many images"
@@ -128,17 +132,23 @@ class Judge:
     def __post_init__(self):
         object.__setattr__(self, 'attacks', tuple(L(self.attacks)))
         for o in (*self.attacks, *L(self.sweep)):
-            if not isinstance(o, Attack): raise ValueError(f"{o!r} is no attack: name one, such as PGD(8/255, steps=20)")
+            if not isinstance(o, Attack):
+                raise ValueError(f"{o!r} is no attack: name one, such as PGD(8/255, steps=20)")
         if not self.attacks: raise ValueError("attacks is empty: name at least one, such as PGD(8/255, steps=20)")
         if len({o.threat for o in (*self.attacks, *L(self.sweep))})>1:
             raise ValueError(f"attacks={self.attacks} and sweep={self.sweep} are under several threat models: "
                              "a judge has one")
-        if self.by_sweep and self.sweep is None: raise ValueError("by_sweep=True needs a sweep, such as PGD(8/255, steps=20)")
+        if self.by_sweep and self.sweep is None:
+            raise ValueError("by_sweep=True needs a sweep, such as PGD(8/255, steps=20)")
         if self.n is not None and not self.n>=1: raise ValueError(f"n={self.n}: ask for 1 image or more")
         if self.escalate: check_budget(self.budget, self.attacks[0].threat)
 
     @property
     def threat(self): return self.attacks[0].threat
+    @property
+    def escalates_figure(self) -> bool:
+        "Did stronger attacks have a say in the figure of a row?"
+        return self.escalate and not self.by_sweep
     @property
     def name(self) -> str:
         "Of the attacks behind the figure of a row"

@@ -17,9 +17,9 @@ from .protocol import Cell, Compression, FineTune, Judge
 
 # %% ../../nbs/study/03_rows.ipynb #3879ff01
 row_columns = '''
-    data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs bytes latency_ms
-    seconds version clean_low clean_high robust_low robust_high split passes verdict broken reasons escalated
-    prune weight_bits input_bits label criterion cut rounding clean_seeds robust_seeds
+    data seed parent compression level fine_tuning clean robust clean_ci robust_ci n attack eps params macs
+    bytes latency_ms seconds version clean_low clean_high robust_low robust_high split passes verdict broken reasons
+    escalated prune weight_bits input_bits label criterion cut rounding clean_seeds robust_seeds
     judged_clean judged_robust judged_n sweep sweep_clean sweep_robust sweep_n norm clamp attacks
     epochs training_seconds lr optimizer schedule train_attack objective teacher average warmup
     network batch_size bf16 torch device'''.split()
@@ -69,7 +69,8 @@ def judged(
     if sweep is not None:
         both |= {f'sweep_{k}': v for k,v in sweep.items()}
         if by_sweep: row = sweep
-    return completed(row | both | dict(split=report.split, verdict=report.verdict, broken=report.broken, escalated=report.escalated,
+    return completed(row | both | dict(split=report.split, verdict=report.verdict, broken=report.broken,
+                                       escalated=report.escalated,
                      reasons='; '.join(report.reasons), passes=round(sum(report.passes.values())/report.n, 1)))
 
 # %% ../../nbs/study/03_rows.ipynb #5743269b
@@ -83,7 +84,8 @@ def _said_of_tuning(o:FineTune):
     if o.how=='none' or callable(o.how): return {}
     said = dict(lr=o.lr, optimizer=o.optimizer, schedule=str(o.schedule))
     if o.how=='standard': return said
-    return said | dict(train_attack=repr(o.attack), objective=type(o.objective).__name__ if o.objective else '', teacher=o.teacher,
+    return said | dict(train_attack=repr(o.attack), objective=type(o.objective).__name__ if o.objective else '',
+                       teacher=o.teacher,
                        average=str(o.average), warmup=o.warmup)
 
 def said_of(
@@ -94,8 +96,9 @@ def said_of(
     trained_last = cell.parent if cell.tuning.how==cell.compression.kind=='none' else cell.tuning
     threat = judge.threat
     return dict(data=cell.data, seed=cell.seed, parent=cell.parent.name, fine_tuning=cell.tuning.name,
-                **_said_of_compression(cell.compression), **_said_of_tuning(trained_last), attack=judge.name, eps=threat.eps,
-                norm=threat.norm, clamp=threat.clamp, attacks='; '.join(map(repr, judge.attacks)),
+                **_said_of_compression(cell.compression), **_said_of_tuning(trained_last),
+                attack=judge.name, eps=threat.eps, norm=threat.norm, clamp=threat.clamp,
+                attacks='; '.join(map(repr, judge.attacks)),
                 sweep='' if judge.sweep is None else repr(judge.sweep), version=__version__, torch=torch.__version__)
 
 # %% ../../nbs/study/03_rows.ipynb #b9ad16b5

@@ -34,7 +34,9 @@ def _distinct(what, values, kind, name):
         if not isinstance(o, kind): raise ValueError(f"{what} holds {o!r}: each has to be a {kind.__name__}(...)")
     names = [getattr(o, name) for o in values]
     twice = next((o for o in names if names.count(o)>1), None)
-    if twice: raise ValueError(f"{what} has two different ones that are called {twice!r}: give them names, as in name='other'")
+    if twice:
+        raise ValueError(f"{what} has two different ones that are called {twice!r}: give them names, as in "
+                         f"name='other'")
     return values
 
 @dataclass
@@ -70,7 +72,8 @@ class Study:
         self.leave_out = tuple(map(tuple, self.leave_out))
         for pair in self.leave_out:
             if len(pair)!=2 or any(o not in known for o,known in zip(pair, names)):
-                raise ValueError(f"leave_out holds {pair}: a parent of {sorted(names[0])} and a fine-tuning of {sorted(names[1])} are needed")
+                raise ValueError(f"leave_out holds {pair}: a parent of {sorted(names[0])} and a fine-tuning of "
+                                 f"{sorted(names[1])} are needed")
         if self.bs is not None and not self.bs>=1: raise ValueError(f"bs={self.bs} must be 1 or more")
         self.data = images_name(self.dls)
         self.out = Path(self.out or f'studies/{self.data}')
@@ -138,7 +141,8 @@ def work_left(self:Study,
     n_train,n_test = len(dls.train.dataset),len(test_part(dls).dataset)
     def trained(tuning): return 0 if tuning.how=='none' else tuning.epochs*n_train*training_passes(tuning)
     parents = {self.parent_files.file(c): trained(c.parent) for c in self.cells()}
-    cells = {self.cell_files.file(c): c.pace*(trained(c.tuning) + evaluation_passes(self.judge, n_test)) for c in self.cells()}
+    cells = {self.cell_files.file(c): c.pace*(trained(c.tuning) + evaluation_passes(self.judge, n_test))
+             for c in self.cells()}
     return sum(work for file,work in (parents|cells).items() if not file.exists())
 
 @patch

@@ -8,10 +8,13 @@ Docs: https://adverfine.github.io/adverfine/attacks/gradient.html.md"""
 __all__ = ['FGSM', 'FGSMRS', 'NFGSM', 'worst_of', 'PGD']
 
 # %% ../../nbs/attacks/04_gradient.ipynb #d5a27ba1
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
-from .attack import Attack, check_counts, check_step, cross_entropy, input_grad, logits_of
+from fastcore.basics import patch
+from .attack import (Attack, check_counts, check_step, cross_entropy, input_grad, logits_of,
+                                      value_and_grad)
+from .standing import in_turn, Standing
 
 # %% ../../nbs/attacks/04_gradient.ipynb #b9300522
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class PGD(Attack):
     step_size:float|None = None  # Length of a step in pixels; default: 2.5*eps/steps, in l0 eps
     random_start:bool = True     # Start at a random point of the ball? Otherwise at the clean image
     restarts:int = 1             # Runs, of which each image keeps the worst; needs random starts to differ
+    until_fooled:bool = False    # Let go of an image at the first iterate that fools the network? Saves its other steps
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,13 +115,39 @@ class PGD(Attack):
     def passes(self): return (2*self.steps + (self.restarts>1))*self.restarts
 
     def craft(self, model, x, y, generator):
+        run = self._short_run if self.until_fooled and y.dim()==1 else self._run
+        if self.restarts==1: return run(model, x, y, generator)
+        if self.until_fooled: return in_turn([lambda i: run(model, x[i], y[i], generator)]*self.restarts, model, x, y)
+        return worst_of([run(model, x, y, generator) for _ in range(self.restarts)], model, y)
+
+    @property
+    def _step(self):
+        if self.step_size is not None: return self.step_size
+        return self.eps if self.norm=='l0' else 2.5*self.eps/self.steps
+
+    def _run(self, model, x, y, generator):
         threat,project = self.threat,self.threat.projection(x)
-        step = self.step_size
-        if step is None: step = self.eps if self.norm=='l0' else 2.5*self.eps/self.steps
-        def run():
-            x_adv = threat.random_start(x, generator) if self.random_start else x
-            for k in range(self.steps):
-                direction = threat.steepest(input_grad(model, x_adv, y, checked=k==0), x_adv)
-                x_adv = project(torch.add(x_adv, direction, alpha=step))
-            return x_adv
-        return run() if self.restarts==1 else worst_of([run() for _ in range(self.restarts)], model, y)
+        x_adv = threat.random_start(x, generator) if self.random_start else x
+        for k in range(self.steps):
+            direction = threat.steepest(input_grad(model, x_adv, y, checked=k==0), x_adv)
+            x_adv = project(torch.add(x_adv, direction, alpha=self._step))
+        return x_adv
+
+# %% ../../nbs/attacks/04_gradient.ipynb #5ad20356
+@patch
+def _short_run(self:PGD, model, x, y, generator):
+    "A run that images leave once they are fooled"
+    left = Standing(model, x, y)
+    left.x_adv = self.threat.random_start(x, generator) if self.random_start else x
+    for k in range(self.steps):
+        out,_,left.grad = value_and_grad(model, left.x_adv, left.y, checked=k==0)
+        left.fell(left.x_adv, out.argmax(1)!=left.y)
+        if not left.compact(): break
+        direction = self.threat.steepest(left.grad, left.x_adv)
+        left.x_adv = self.threat.project(torch.add(left.x_adv, direction, alpha=self._step), left.x)
+    return left.finish(left.x_adv)
+
+@patch
+def letting_go(self:Attack) -> Attack:
+    "The same attack for evaluations: it lets go of images that are fooled, where it can"
+    return replace(self, until_fooled=True) if isinstance(self, PGD) else self

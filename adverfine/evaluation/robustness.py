@@ -102,7 +102,7 @@ def _run(case, attacks, bar):
     for k,(name,part) in enumerate(parts):
         bar.total = bar.n + case.judge.stands.sum().item()*sum(p.passes for _,p in parts[k:])
         through = case.fake_quantized if part.white_box else None
-        names.append(case.judge.run(name, part, through=through).name)
+        names.append(case.judge.run(name, part.letting_go(), through=through).name)
     return names
 
 def _progress_bar(progress):

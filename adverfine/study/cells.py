@@ -144,7 +144,8 @@ def _swept(learn, judge, bf16):
     model = pixel_space(dl).wrap(learn.model)
     x,y = pixels(dl)
     fast = fastest(model, x[:256].to(dl.device), bf16)
-    found = score(model, judge.sweep, x, y, seed=judge.seed, fast=None if fast.network is model else fast)
+    sweep = judge.sweep if judge.by_sweep else judge.sweep.letting_go()
+    found = score(model, sweep, x, y, seed=judge.seed, fast=None if fast.network is model else fast)
     return dict(clean=found.clean.float().mean().item(), robust=found.robust, n=len(x))
 
 @patch

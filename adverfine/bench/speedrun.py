@@ -8,7 +8,7 @@ Docs: https://adverfine.github.io/adverfine/bench/speedrun.html.md"""
 __all__ = ['contestants', 'trial', 'speedrun']
 
 # %% ../../nbs/bench/08_speedrun.ipynb #75fde4d5
-import datetime, platform, time
+import datetime, time
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -16,12 +16,13 @@ import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from fastai.learner import Learner
-from fastai.torch_core import no_random
+from fastai.torch_core import default_device, no_random
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 from .. import __version__
 from ..files import locked, write_atomic
 from ..networks.zoo import cnn8, resnet18_cifar
 from ..networks.fastest import fastest
+from ..networks.timings import machine_name
 from ..data.pixels import pixels
 from ..data.sources import cifar10_dls, digits_dls, fashion_mnist_dls
 from ..attacks.scoring import score
@@ -86,18 +87,10 @@ def trial(
     return dict(seconds=seconds, clean=judge.clean.float().mean().item(), robust=judge.robust)
 
 # %% ../../nbs/bench/08_speedrun.ipynb #64148ac7
-def _processor():
-    "What the machine computes on, in words"
-    if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [o.partition(':')[2].strip() for o in lines if o.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
-
 def _add_records(file, df, data, goal):
     "Put the rows of a race below the older ones, unless they are there"
-    said = dict(date=datetime.date.today().isoformat(), data=data, goal=goal, processor=_processor(),
-                threads=torch.get_num_threads(), adverfine=__version__, torch=torch.__version__)
+    said = dict(date=datetime.date.today().isoformat(), data=data, goal=goal, processor=machine_name(default_device()),
+                adverfine=__version__, torch=torch.__version__)
     new = df.assign(**said)[[*said, *df.columns]]
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +123,7 @@ def speedrun(
     "Seconds of training until the mean of several seeds reaches the goal, by each contestant's shortest schedule"
     if data not in _races: raise ValueError(f"{data!r} is not in this race: use one of {', '.join(_races)}")
     goal = _races[data][3] if goal is None else goal
-    machine = dict(processor=_processor(), threads=torch.get_num_threads())
+    machine = dict(processor=machine_name(default_device()))
     kept = KeptResults(out, data=data, n=n, **machine, **that_matter(kwargs))
     def measured(*of): return in_own_process('adverfine.bench.speedrun.trial', *of, data, n, **kwargs)
     rows = []

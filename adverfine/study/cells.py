@@ -24,6 +24,7 @@ import adverfine.compression.quantization, adverfine.evaluation.robustness  # no
 from ..threat import pixel_space
 from ..networks.cost import cost
 from ..networks.fastest import fastest
+from ..networks.timings import machine_name
 from ..data.pixels import pixels
 from ..attacks.scoring import score
 from ..compression.pruning import StructuredPruning
@@ -190,6 +191,6 @@ def measure(self:Setup,
     row = said_of(cell, judge) | judged(report, sweep, judge.by_sweep) | asdict(cost(learn.model, example))
     row |= dict(seconds=round(taken, 3), training_seconds=round(parent_seconds if is_parent else seconds, 3),
                 epochs=(cell.parent if is_parent else cell.tuning).epochs if seconds or is_parent else 0,
-                batch_size=self.dls.train.bs, bf16=self.bf16, device=self.dls.device.type,
+                batch_size=self.dls.train.bs, bf16=self.bf16, device=machine_name(self.dls.device),
                 network=type(learn.model).__name__)
     return {k: row.get(k) for k in row_columns}

@@ -68,6 +68,19 @@ class StudyFolder:
             new = list(dict.fromkeys([*known, *(o.name for o in cells)]))
             if new!=known: write_atomic(self.path/'planned.json', json.dumps(new, indent=0))
 
+    def sign(self,
+        **who # Command, versions, processor
+    ):
+        "Write down who works on this study, once"
+        with locked(self.path):
+            known = self.runs()
+            if who not in known: write_atomic(self.path/'runs.json', json.dumps([*known, who], indent=1))
+
+    def runs(self) -> list: # Of dicts
+        "Who has worked on this study"
+        file = self.path/'runs.json'
+        return loaded_json(file) if file.exists() else []
+
     def planned(self) -> list: # Of names, in the order of the study
         "The cells that are to be measured"
         file = self.path/'planned.json'
@@ -130,6 +143,7 @@ class StudyResults:
     protocol:dict      # What `described` says of the study
     df:pd.DataFrame    # The finished cells, one a row
     missing:int        # How many are still to be measured
+    runs:tuple=()      # Who has worked on it: dicts of command, versions, processor
 
 def read_study(
     path, # Folder of a study
@@ -141,4 +155,5 @@ def read_study(
     files = [cells.path/f'{o}.json' for o in folder.planned()]
     done = [o for o in files if o.exists()]
     if not done: raise ValueError(f"{path} holds no finished cell of a study: run it first")
-    return StudyResults(Path(path), protocol, as_table(list(map(loaded_json, done))), len(files)-len(done))
+    return StudyResults(Path(path), protocol, as_table(list(map(loaded_json, done))), len(files)-len(done),
+                        tuple(folder.runs()))

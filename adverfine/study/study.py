@@ -8,15 +8,17 @@ Docs: https://adverfine.github.io/adverfine/study/study.html.md"""
 __all__ = ['Study']
 
 # %% ../../nbs/study/06_study.ipynb #f57d8326
-import sys, warnings
+import shlex, sys, warnings
 from dataclasses import dataclass
 from pathlib import Path
-import pandas as pd
+import pandas as pd, torch
 from tqdm.auto import tqdm
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.data.core import DataLoaders
+from .. import __version__
 from ..files import locked, write_atomic
+from ..networks.timings import machine_name
 from ..compression.pruning import prune
 from ..training.acceleration import trains_faster_in_bf16
 from .names import described
@@ -119,6 +121,8 @@ def claim(self:Study,
     if self.bf16 is None: self.bf16 = trains_faster_in_bf16(make().to(x.device), x[:dls.train.bs])
     folder.claim(self.protocol(dls))
     folder.plan(self.cells())
+    folder.sign(command=shlex.join(['adverfine', *sys.argv[1:]]) if Path(sys.argv[0]).stem=='adverfine' else '',
+                adverfine=__version__, torch=torch.__version__, device=machine_name(x.device))
     return Setup(dls, make, self.judge, self.bf16, self.logs)
 
 @patch(as_prop=True)

@@ -159,13 +159,13 @@ def tuned(self:Setup,
     learn,seconds = self.learner(cell.own_seed),0.
     learn.model.load_state_dict(weights)
     learn.model.to(self.dls.device)
-    dense = None if cell.compression.kind=='none' and not cell.tuning.teacher else learn.frozen_copy()
+    dense = None if cell.compression.kind=='none' and not cell.training.teacher else learn.frozen_copy()
     during = cell.compression.gradual and cell.tuning.how in ('standard', 'adversarial')
     if not during: compress_at_once(learn, cell.compression)
     if cell.tuning.how!='none':
         cbs = compress_during(cell.compression) if during else []
-        done = partial(tick, passes=cell.pace*training_passes(cell.tuning))
-        seconds = self.train(learn, cell.tuning, done, dense, cbs)
+        done = partial(tick, passes=cell.pace*training_passes(cell.training))
+        seconds = self.train(learn, cell.training, done, dense, cbs)
     return learn,None if cell.compression.kind=='none' else dense,seconds
 
 @patch
@@ -190,7 +190,7 @@ def measure(self:Setup,
     example = self.dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)
     row = said_of(cell, judge) | judged(report, sweep, judge.by_sweep) | asdict(cost(learn.model, example))
     row |= dict(seconds=round(taken, 3), training_seconds=round(parent_seconds if is_parent else seconds, 3),
-                epochs=(cell.parent if is_parent else cell.tuning).epochs if seconds or is_parent else 0,
+                epochs=(cell.parent if is_parent else cell.training).epochs if seconds or is_parent else 0,
                 batch_size=self.dls.train.bs, bf16=self.bf16, device=machine_name(self.dls.device),
                 network=type(learn.model).__name__)
     return {k: row.get(k) for k in row_columns}

@@ -46,9 +46,14 @@ class Compression:
         return '+'.join(['prune']*(self.prune is not None) + ['quantize']*(self.bits is not None)) or 'none'
 
     @property
+    def by_and_by(self) -> bool:
+        "Do channels go during the fine-tuning?"
+        return self.prune is not None and self.cut!='one_shot'
+
+    @property
     def gradual(self) -> bool:
-        "Does it go on during the fine-tuning?"
-        return self.kind!='none' and (self.cut!='one_shot' or self.rounding!='one_shot')
+        "Does any of it go on during the fine-tuning?"
+        return self.by_and_by or self.bits is not None and self.rounding!='one_shot'
 
     @property
     def level(self) -> float:
@@ -86,6 +91,7 @@ class FineTune:
     wd:float=.01                     # Weight decay
     schedule:str|tuple='one_cycle'   # 'one_cycle', 'constant', or (epoch, factor) for a single step
     name:str|None=None               # Default: `how`, or the name of the function
+    by_and_by:'FineTune|None'=None   # Takes its place where channels go by and by, with `cut` of a `Compression`
 
     def __post_init__(self):
         if not callable(self.how) and self.how not in tunings:
@@ -176,6 +182,10 @@ class Cell:
     def own_seed(self):
         "32 bits from the data set and the name"
         return zlib.crc32(f'{self.data}-{self.name}'.encode())
+    @property
+    def training(self) -> FineTune:
+        "`tuning`, or what takes its place for this compression"
+        return self.tuning.by_and_by if self.compression.by_and_by and self.tuning.by_and_by else self.tuning
     @property
     def pace(self):
         "Roughly how long a pass takes where the parent's takes 1: fake quantizers double it, pruning shortens it"

@@ -93,7 +93,7 @@ def said_of(
     judge:Judge,
 ) -> dict: # Of some of the columns
     "What a row says of the values behind it"
-    trained_last = cell.parent if cell.tuning.how==cell.compression.kind=='none' else cell.tuning
+    trained_last = cell.parent if cell.tuning.how==cell.compression.kind=='none' else cell.training
     threat = judge.threat
     return dict(data=cell.data, seed=cell.seed, parent=cell.parent.name, fine_tuning=cell.tuning.name,
                 **_said_of_compression(cell.compression), **_said_of_tuning(trained_last),

@@ -145,7 +145,7 @@ def work_left(self:Study,
     n_train,n_test = len(dls.train.dataset),len(test_part(dls).dataset)
     def trained(tuning): return 0 if tuning.how=='none' else tuning.epochs*n_train*training_passes(tuning)
     parents = {self.parent_files.file(c): trained(c.parent) for c in self.cells()}
-    cells = {self.cell_files.file(c): c.pace*(trained(c.tuning) + evaluation_passes(self.judge, n_test))
+    cells = {self.cell_files.file(c): c.pace*(trained(c.training) + evaluation_passes(self.judge, n_test))
              for c in self.cells()}
     return sum(work for file,work in (parents|cells).items() if not file.exists())
 

@@ -30,6 +30,7 @@ _quantization = ['tests/test_quantization.py']
 _deployment = ['tests/test_deployment.py']
 _training = ['tests/test_training.py']
 _study = ['tests/test_study.py']
+_page = ['tests/test_page.py']
 def _sees(words): return f'tests/test_compression.py -k "{words}"'
 
 belongs = {
@@ -97,10 +98,20 @@ belongs = {
     'training.perturbation':    _training,
     'training.warmup':          _training,
     'training.recipes':         _training,
+    'study.names':              _study,
     'study.protocol':           _study,
+    'study.inputs':             _study,
+    'study.rows':               _study,
+    'study.cells':              _study,
+    'study.folder':             _study,
     'study.study':              _study,
-    'study.tables':             _study,
-    'study.page':               _study,
+    'study.presets':            _study,
+    'study.tables':             _study + _page,
+    'study.words':              _page,
+    'study.charts':             _page,
+    'study.markup':             _page,
+    'study.page':               _study + _page,
+    'study.comparison':         _page,
     'bench.data':               [],
     'bench.evaluation':         [],
     'bench.inference':          [],

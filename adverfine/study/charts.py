@@ -7,17 +7,17 @@ Docs: https://adverfine.github.io/adverfine/study/charts.html.md"""
 # %% auto #0
 __all__ = ['prices', 'shapes', 'plain', 'point_said', 'curve_charts', 'pareto_front', 'price_chart']
 
-# %% ../../nbs/study/10_charts.ipynb #355448d2
+# %% ../../nbs/study/10_charts.ipynb #d83e00fd
 import math
 from html import escape
-from importlib.util import find_spec
 import pandas as pd
 from ..deployment.onnx import require
-from adverfine.study.tables import (accuracy_said, axis_names, cell_keys, colours_of, curve_said, curves_of, kinds, kinds_of, placed,
+from adverfine.study.tables import (accuracy_said, axis_names, cell_keys, colours_of, curve_said, curves_of, kinds,
+    kinds_of, placed,
     tuning_said)
 
-# %% ../../nbs/study/10_charts.ipynb #3aa9831e
-prices = dict(macs='multiplications and additions for an image', bytes='bytes', latency_ms='latency of 64 images, ms',
+# %% ../../nbs/study/10_charts.ipynb #c381cf5a
+prices = dict(macs='multiply-accumulates (MACs) for an image', bytes='bytes', latency_ms='latency of 64 images, ms',
               training_seconds='seconds of its training')
 
 def plain(text) -> str:
@@ -42,10 +42,11 @@ def point_said(
              f"{n}{cell['seeds']} seed{'s' if cell['seeds']>1 else ''}: {cell['verdict']}", _price_said(cell)]
     return '<br>'.join(plain(o) for o in lines if o)
 
-# %% ../../nbs/study/10_charts.ipynb #ca3fd340
+# %% ../../nbs/study/10_charts.ipynb #693dfc5e
 _symbols = 'circle','square','diamond','triangle-down','triangle-up','cross','x'
-_layout = dict(margin=dict(l=56, r=12, t=10, b=48), height=340, showlegend=False, hovermode='closest', dragmode=False, template='none',
-               paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)')
+_layout = dict(margin=dict(l=56, r=12, t=10, b=48), height=340, showlegend=False, hovermode='closest', dragmode=False,
+               template='none',
+               font=dict(family='system-ui, sans-serif'), paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)')
 
 def _whiskers(rows, what):
     "The 95 % interval of the images around a mean"
@@ -60,8 +61,10 @@ def _curve(rows, what, name, colour, symbol, said):
     hollow = [what=='robust' and o!='trusted' for o in rows.verdict]
     look = dict(symbol=[_symbol(symbol, not o) for o in hollow], size=9, color=colour, line=dict(color=colour, width=2))
     lines = [point_said(o) for o in rows.to_dict('records')]
-    return go.Scatter(x=rows.x.tolist(), y=rows[what].tolist(), error_y=_whiskers(rows, what), mode='lines+markers', marker=look,
-                      line=dict(color=colour, dash='solid' if what=='clean' else 'dash'), name=f'{what}, {plain(said)}', meta=str(name),
+    line = dict(color=colour, dash='solid' if what=='clean' else 'dash')
+    return go.Scatter(x=rows.x.tolist(), y=rows[what].tolist(), error_y=_whiskers(rows, what), mode='lines+markers',
+                      marker=look, line=line, name=f'{what}, {plain(said)}', meta=str(name),
+
                       hovertext=lines, hoverinfo='text')
 
 def _chart(part, kind, hue, colours):
@@ -72,7 +75,8 @@ def _chart(part, kind, hue, colours):
     if ticks: fig.update_xaxes(tickvals=list(range(len(ticks))), ticktext=ticks, range=[-.3, len(ticks)-.7])
     for name,variant,k,rows in curves_of(part, hue):
         for what in ('clean', 'robust'):
-            fig.add_trace(_curve(rows, what, name, colours[name], _symbols[k%len(_symbols)], curve_said(hue, name, variant)))
+            said = curve_said(hue, name, variant)
+            fig.add_trace(_curve(rows, what, name, colours[name], _symbols[k%len(_symbols)], said))
     return fig
 
 def curve_charts(
@@ -86,7 +90,8 @@ def curve_charts(
     charts = []
     for name,part in cells.groupby(list(by), sort=False):
         more = ''.join(f', {curve_said("fine_tuning", o)}' for o in name[1:])
-        charts += [(f'{kinds[kind]}, {name[0]} parent{more}', _chart(part, kind, hue, colours)) for kind in kinds_of(part)]
+        title = f'{name[0]} parent{more}'
+        charts += [(f'{kinds[kind]}, {title}', _chart(part, kind, hue, colours)) for kind in kinds_of(part)]
     return charts
 
 # %% ../../nbs/study/10_charts.ipynb #f5ea3112
@@ -102,15 +107,17 @@ def pareto_front(
         best = max(best, robust[k])
     return front
 
-# %% ../../nbs/study/10_charts.ipynb #fefafe16
+# %% ../../nbs/study/10_charts.ipynb #15ae1190
 shapes = {'none': 'circle', 'prune': 'square', 'quantize': 'diamond', 'prune+quantize': 'triangle-up'}
 
 def _cloud(rows, colour, name):
     "The networks that were fine-tuned in one way"
     import plotly.graph_objects as go
     symbol = [_symbol(shapes.get(k, 'circle'), v=='trusted') for k,v in zip(rows.compression, rows.verdict)]
-    return go.Scatter(x=rows.macs.tolist(), y=rows.robust.tolist(), error_y=_whiskers(rows, 'robust'), mode='markers', meta=str(name),
-                      marker=dict(symbol=symbol, size=10, color=colour, line=dict(color=colour, width=2)), hoverinfo='text',
+    look = dict(symbol=symbol, size=10, color=colour, line=dict(color=colour, width=2))
+    return go.Scatter(x=rows.macs.tolist(), y=rows.robust.tolist(), error_y=_whiskers(rows, 'robust'), mode='markers',
+                      meta=str(name), marker=look, hoverinfo='text',
+
                       name=plain(tuning_said(name)), hovertext=[point_said(o) for o in rows.to_dict('records')])
 
 def _priced(cells, parts, key):
@@ -119,12 +126,13 @@ def _priced(cells, parts, key):
     front = sure.iloc[pareto_front(sure[key].tolist(), sure.robust.tolist())]
     def listed(values): return [None if math.isnan(v) else v for v in values]
     positive = cells[key].dropna()
-    return dict(key=key, title=prices[key], log=bool(len(positive) and (positive>0).all()), x=[listed(o[key]) for o in parts],
+    is_log = bool(len(positive) and (positive>0).all())
+    return dict(key=key, title=prices[key], log=is_log, x=[listed(o[key]) for o in parts],
                 front=dict(x=front[key].tolist(), y=front.robust.tolist(), cells=front[cell_keys].values.tolist()))
 
 def price_chart(
     cells:pd.DataFrame, # See `over_seeds`
-) -> tuple: # A Plotly figure, and for each price that is known a dict with `key`, `title`, `log`, `x` of each cloud and `front`
+) -> tuple: # A figure, and for each price that is known a dict with `key`, `title`, `log`, `x` of each cloud, `front`
     "Robust accuracy against multiplications, bytes, latency or seconds of training, with the Pareto front"
     require('plotly', extra='report')
     import plotly.graph_objects as go

@@ -23,7 +23,7 @@ from .charts import curve_charts
 from .markup import curves_section, filter_box, html_table, legend, whole_page
 from .page import can_interact, figure_bytes, static_figure
 
-# %% ../../nbs/study/13_comparison.ipynb #9ab92aa5
+# %% ../../nbs/study/13_comparison.ipynb #ff8549a1
 needed = 'parent','compression','level','fine_tuning','clean','robust'
 
 def read_figures(
@@ -31,16 +31,19 @@ def read_figures(
 ) -> pd.DataFrame:
     "Figures that somebody typed, or the `results.csv` of a study"
     try: df = pd.read_csv(path)
-    except (ValueError, OSError) as e: raise ValueError(f"{path} cannot be read ({e}): name the folder of a study, or a CSV file") from e
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): name the folder of a study, or a CSV file") from e
     if missing := [k for k in needed if k not in df]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: a CSV of figures has the columns {', '.join(needed)}")
     if odd := [o for o in dict.fromkeys(df.compression) if o not in kinds]:
         raise ValueError(f"{path} has the compression {odd[0]!r}: use {', '.join(kinds)}")
     if 'label' not in df and (df.compression=='prune+quantize').any():
-        raise ValueError(f"{path} prunes and quantizes: add the columns label, prune, weight_bits and input_bits, as results.csv has them")
+        raise ValueError(f"{path} prunes and quantizes: add the columns label, prune, weight_bits and input_bits, "
+                         "as results.csv has them")
     for k in ('clean', 'robust'):
         shares = pd.to_numeric(df[k], errors='coerce')
-        if not shares.between(0, 1).all(): raise ValueError(f"{path} has {k} accuracies outside 0 to 1: write .873, not 87.3")
+        if not shares.between(0, 1).all():
+            raise ValueError(f"{path} has {k} accuracies outside 0 to 1: write .873, not 87.3")
     if not len(df): raise ValueError(f"{path} has no rows")
     return df
 
@@ -72,7 +75,7 @@ def read_compared(
         names = [_called(d, o, depth) if names.count(old)>1 or old!=d else old for d,o,old in zip(data, paths, names)]
     return [Compared(name, over_seeds(df.assign(study=name), 'study'), o) for name,df,o in zip(names, tables, held)]
 
-# %% ../../nbs/study/13_comparison.ipynb #37100a0f
+# %% ../../nbs/study/13_comparison.ipynb #e25af9cd
 def side_by_side(
     compared:list, # Of `Compared`
 ) -> pd.DataFrame:
@@ -81,11 +84,12 @@ def side_by_side(
     rows = []
     for (parent,_,tuning),part in cells.groupby(cell_keys, sort=False):
         said = {o['study']: both_said(o) for o in part.to_dict('records')}
-        rows.append([parent, part.text.iloc[0] or 'none', tuning_said(tuning), *(said.get(o.name, '') for o in compared)])
+        figures = [said.get(o.name, '') for o in compared]
+        rows.append([parent, part.text.iloc[0] or 'none', tuning_said(tuning), *figures])
     return pd.DataFrame(rows, columns=['parent', 'compression', 'fine-tuning', *(o.name for o in compared)])
 
 def compare(
-    *paths, # Folders of studies, or CSV files with the columns parent, compression, level, fine_tuning, clean and robust
+    *paths, # Folders of studies, or CSV files with parent, compression, level, fine_tuning, clean and robust
 ) -> pd.DataFrame: # A row for each cell, a column for each study
     "Clean / robust accuracy in percent of several studies, with their intervals; ≤ marks figures that may be too high"
     return side_by_side(read_compared(*paths))
@@ -98,12 +102,13 @@ def plot_comparison(
     cells = pd.concat([o.cells for o in compared], ignore_index=True)
     return plot_panels(cells, ['parent', 'fine_tuning'], 'study', ', '.join(o.name for o in compared))
 
-# %% ../../nbs/study/13_comparison.ipynb #900d48cf
+# %% ../../nbs/study/13_comparison.ipynb #56c27343
 def _protocols(compared):
     "How each study was measured, and where protocols differ from the first"
     html,first = '',next((o for o in compared if o.results is not None), None)
     for o in compared:
-        said = 'Figures from a file; how they were measured is not known here.' if o.results is None else in_words(o.results)
+        said = 'Figures from a file; how they were measured is not known here.'
+        if o.results is not None: said = in_words(o.results)
         html += f'<h3>{escape(o.name)}</h3><p>{escape(said)}</p>'
         odd = [] if o.results is None or o is first else disagreement(first.results.protocol, o.results.protocol)
         if not odd: continue
@@ -128,7 +133,8 @@ def write_comparison(
                 html_table(table, 'Means over seeds, with 95 % intervals', key='cells'),
                 f'<h2>What was measured</h2>{_protocols(compared)}']
     page = whole_page('adverfine: studies beside each other', sections, [json.loads(o.to_json()) for _,o in charts])
-    files = {'comparison.csv': cells.to_csv(index=False), 'comparison.png': picture, 'comparison.svg': figure_bytes(fig, 'svg'),
+    files = {'comparison.csv': cells.to_csv(index=False), 'comparison.png': picture,
+             'comparison.svg': figure_bytes(fig, 'svg'),
              'comparison.html': page}
     for name,content in files.items(): write_atomic(Path(out)/name, content)
     return {name: Path(out)/name for name in files}

@@ -8,19 +8,19 @@ Docs: https://adverfine.github.io/adverfine/study/markup.html.md"""
 __all__ = ['html_table', 'filter_box', 'json_block', 'packaged', 'chart_box', 'legend', 'curves_section', 'price_section',
            'whole_page']
 
-# %% ../../nbs/study/11_markup.ipynb #c67c90d1
+# %% ../../nbs/study/11_markup.ipynb #660ae4fe
 import base64, hashlib, json, math
 from html import escape
 from importlib import resources
 import pandas as pd
 from ..evaluation.report import page_css
 from .tables import colours_of, curve_said
-from .charts import prices
 
-# %% ../../nbs/study/11_markup.ipynb #49b7de95
+# %% ../../nbs/study/11_markup.ipynb #70132645
 def _cell(value, text, long):
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if text is None: text = '' if value is None or value!=value else f'{value:.4g}' if isinstance(value, float) else str(value)
+    missing = value is None or value!=value
+    if text is None: text = '' if missing else f'{value:.4g}' if isinstance(value, float) else str(value)
     return f"<td{f' data-v={value!r}' if is_number else ''}{' class=long' if long else ''}>{escape(str(text))}</td>"
 
 def html_table(
@@ -36,10 +36,12 @@ def html_table(
     columns = list(df)
     rows = []
     for k,row in enumerate(df.itertuples(index=False, name=None)):
-        shown = [_cell(getattr(v, 'item', lambda v=v: v)(), texts[c][k] if c in texts else None, c in long) for c,v in zip(columns, row)]
+        shown = [_cell(getattr(v, 'item', lambda v=v: v)(), texts[c][k] if c in texts else None, c in long)
+                 for c,v in zip(columns, row)]
         rows.append(f"<tr>{''.join(shown)}</tr>")
     opens = f'<table id={key} class=sortable>' if key else '<table>'
-    return (f'<div class=wide tabindex=0 role=region aria-label="{escape(caption)}">{opens}<caption>{escape(caption)}</caption>'
+    return (f'<div class=wide tabindex=0 role=region aria-label="{escape(caption)}">{opens}'
+            f'<caption>{escape(caption)}</caption>'
             f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
 
 def filter_box(
@@ -69,7 +71,7 @@ def _allowed(script):
     "A script as the policy of the page names it"
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
-# %% ../../nbs/study/11_markup.ipynb #df140d22
+# %% ../../nbs/study/11_markup.ipynb #e55d8cbc
 _how_to_read = "Arrow keys go from point to point. The tables of this page hold all figures."
 
 def chart_box(
@@ -78,7 +80,8 @@ def chart_box(
     key:str='', # Its id
 ) -> str: # HTML
     "The place of a chart"
-    return (f"<div class=chart{f' id={key}' if key else ''} data-chart={k} tabindex=0 role=application aria-roledescription=chart "
+    return (f"<div class=chart{f' id={key}' if key else ''} data-chart={k} tabindex=0 role=application "
+            'aria-roledescription=chart '
             f'aria-label="{escape(title)}. {_how_to_read}"></div>')
 
 def legend(
@@ -86,8 +89,10 @@ def legend(
     hue:str, # Column by which curves differ
 ) -> str: # HTML
     "Colours, each with a box that hides its curves"
-    keys = ''.join(f'<label><input type=checkbox checked value="{escape(str(name))}"><span class=swatch style="--c:{colour}"></span>'
-                   f'{escape(curve_said(hue, name))}</label>' for name,colour in colours_of(list(dict.fromkeys(cells[hue]))).items())
+    def label(name, colour):
+        return (f'<label><input type=checkbox checked value="{escape(str(name))}"><span class=swatch '
+                f'style="--c:{colour}"></span>{escape(curve_said(hue, name))}</label>')
+    keys = ''.join(label(*o) for o in colours_of(list(dict.fromkeys(cells[hue]))).items())
     return f"<fieldset class=keys><legend class=unseen>Curves to show</legend>{keys}</fieldset>"
 
 def curves_section(
@@ -97,10 +102,12 @@ def curves_section(
 ) -> str: # HTML
     "The curves of a study, or, without charts, their static figure"
     if not charts: return static
-    boxes = ''.join(f'<figure><h3>{escape(title)}</h3>{chart_box(k, title)}</figure>' for k,(title,_) in enumerate(charts))
-    return (f"<div class=live hidden>{keys}<p class=quiet>Full lines: clean accuracy. Dashed lines: robust accuracy; hollow markers: the "
-            "figure is not trusted. Bars: 95 % intervals of the test images. Point at a marker, or focus a chart and press arrow keys, "
-            f"to read it.</p><div class=panels>{boxes}</div></div><noscript>{static}</noscript>")
+    boxes = [f'<figure><h3>{escape(title)}</h3>{chart_box(k, title)}</figure>' for k,(title,_) in enumerate(charts)]
+    return (f"<div class=live hidden>{keys}<p class=quiet>Full lines: clean accuracy. Dashed lines: robust accuracy; "
+            "hollow markers: the "
+            "figure is not trusted. Bars: 95 % intervals of the test images. Point at a marker, or focus a chart and "
+            "press arrow keys, "
+            f"to read it.</p><div class=panels>{''.join(boxes)}</div></div><noscript>{static}</noscript>")
 
 def price_section(
     k:int, # Which of the page's charts
@@ -111,15 +118,18 @@ def price_section(
     title = 'Robust accuracy against its price, with the Pareto front'
     return ("<div class=live hidden><h2>Robust accuracy against its price</h2><p><label for=price>Price: </label>"
             f"<select id=price>{options}</select></p><figure>{chart_box(k, title, 'priced')}<figcaption>"
-            "Circle: not compressed; square: pruned; diamond: quantized; triangle: both. The grey line is the Pareto front: none of "
-            "the networks costs less and is more robust than those on it. Figures that may be too high are not admitted to it. "
-            f"Seconds of training are those of the row alone, without its parent's.</figcaption></figure></div>{json_block('prices', priced)}")
+            "Circle: not compressed; square: pruned; diamond: quantized; triangle: both. The grey line is the Pareto "
+            "front: no "
+            "other network costs as little and is as robust as those on it, figures that may be too high (≤) left "
+            "aside. "
+            "Seconds of training are those of the row alone, without its parent's.</figcaption></figure></div>"
+            + json_block('prices', priced))
 
-# %% ../../nbs/study/11_markup.ipynb #30ed3630
+# %% ../../nbs/study/11_markup.ipynb #bdd7a3ff
 def whole_page(
     title:str,
     sections:list, # Of HTML
-    figures:list=(), # Plotly figures, as dicts for JSON, in the order of the places of charts; none: a page without scripts
+    figures:list=(), # Plotly figures, as dicts for JSON, in the order of the places of charts; none: without scripts
 ) -> str: # HTML
     "A page as one file"
     scripts,blocks = [],''
@@ -130,7 +140,8 @@ def whole_page(
     policy = ("default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
               + (f"; script-src {' '.join(map(_allowed, scripts))}" if scripts else ''))
     running = ''.join(f'<script>{o}</script>' for o in scripts)
-    return ('<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
+    return ('<!doctype html><html lang=en><head><meta charset=utf-8>'
+            '<meta name=viewport content="width=device-width,initial-scale=1">'
             f'<meta http-equiv=Content-Security-Policy content="{policy}"><link rel=icon href="data:,">'
             f'<title>{escape(title)}</title><style>{page_css}\n{packaged("page.css")}</style></head>'
             f"<body><main>{''.join(sections)}</main>{blocks}{running}</body></html>")

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study/page.html.md"""
 # %% auto #0
 __all__ = ['figure_bytes', 'static_figure', 'doubts', 'cells_table', 'every_column', 'study_page', 'can_interact', 'write_report']
 
-# %% ../../nbs/study/12_page.ipynb #e9fb5588
+# %% ../../nbs/study/12_page.ipynb #aa371346
 import base64, io, json
 from html import escape
 from importlib.util import find_spec
@@ -16,20 +16,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ..files import write_atomic
 from ..deployment.onnx import require
-from .tables import accuracy_said, accuracy_table, how_much, over_seeds, plot_study, tuning_said, with_labels
+from adverfine.study.tables import (accuracy_said, accuracy_table, how_much, over_seeds, plot_study, tuning_said,
+    with_labels)
 from .words import in_words, results_of
 from .charts import curve_charts, price_chart
 from .markup import curves_section, filter_box, html_table, legend, price_section, whole_page
 
-# %% ../../nbs/study/12_page.ipynb #cca12c49
+# %% ../../nbs/study/12_page.ipynb #45440ac3
 def figure_bytes(
     fig:Figure,
-    format:str='png', # Or 'svg'
+    kind:str='png', # Or 'svg'
 ) -> bytes:
     "A figure as the bytes of a file"
     buffer = io.BytesIO()
     with matplotlib.rc_context({'svg.hashsalt': 'adverfine'}):
-        fig.savefig(buffer, format=format, dpi=180, metadata=dict(Date=None) if format=='svg' else None)
+        fig.savefig(buffer, format=kind, dpi=180, metadata=dict(Date=None) if kind=='svg' else None)
     return buffer.getvalue()
 
 def static_figure(
@@ -39,12 +40,13 @@ def static_figure(
     "A picture that stands in the page itself"
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
 
-# %% ../../nbs/study/12_page.ipynb #8628ca63
+# %% ../../nbs/study/12_page.ipynb #d4c4c267
 def _of_rows(df):
     "What each row is about, in words"
     df = with_labels(df)
     said = [how_much(*o) or 'none' for o in df[['prune', 'weight_bits', 'input_bits', 'label']].itertuples(index=False)]
-    return pd.DataFrame({'parent': df.parent, 'compression': said, 'fine-tuning': [*map(tuning_said, df.fine_tuning)], 'seed': df.seed})
+    tunings = [*map(tuning_said, df.fine_tuning)]
+    return pd.DataFrame({'parent': df.parent, 'compression': said, 'fine-tuning': tunings, 'seed': df.seed})
 
 def _robust_said(df):
     "Clean and robust accuracy of each row"
@@ -62,19 +64,20 @@ def doubts(
     why = [('' if pd.isna(o) else str(o)) or 'the passes that were allowed did not suffice' for o in odd.reasons]
     table = _of_rows(odd).assign(**{'robust, %': odd.robust*100, 'verdict': odd.verdict, 'why': why})
     return (f"{said} The others are listed with what was found. Figures with a ≤ may be too high.</p>"
-            + html_table(table, 'Cells that are not trusted', {'robust, %': _robust_said(odd)['robust']}, long=('why',)))
+            + html_table(table, 'Cells that are not trusted', {'robust, %': _robust_said(odd)['robust']}, long=['why']))
 
-# %% ../../nbs/study/12_page.ipynb #e2fb1c86
+# %% ../../nbs/study/12_page.ipynb #b5cfd746
 def cells_table(
     df:pd.DataFrame, # A study's results
 ) -> str: # HTML
     "A table of all cells that can be sorted and filtered"
     df,said = with_labels(df),_robust_said(df)
-    more = {'clean, %': df.clean*100, 'robust, %': df.robust*100, 'verdict': df.verdict, 'MACs': df.macs, 'bytes': df.bytes,
+    more = {'clean, %': df.clean*100, 'robust, %': df.robust*100, 'verdict': df.verdict, 'MACs': df.macs,
+            'bytes': df.bytes,
             'latency, ms': df.latency_ms, 'training, s': df.training_seconds, 'images': df.n}
     table = pd.concat([_of_rows(df), pd.DataFrame(more)], axis=1)
     def whole(values): return ['' if pd.isna(o) else f'{o:,.0f}' for o in values]
-    texts = {'clean, %': said['clean'], 'robust, %': said['robust']} | {k: whole(table[k]) for k in ('MACs', 'bytes', 'images')}
+    texts = {f'{k}, %': v for k,v in said.items()} | {k: whole(table[k]) for k in ('MACs', 'bytes', 'images')}
     return filter_box('cells') + html_table(table, 'All cells', texts, key='cells')
 
 def every_column(
@@ -82,11 +85,12 @@ def every_column(
 ) -> str: # HTML
     "All columns: first those that are the same in all rows, then the others"
     same = [k for k in df if len(df)>1 and df[k].astype(str).nunique()==1]
-    once = pd.DataFrame([(k, df[k].iloc[0]) for k in same if not pd.isna(df[k].iloc[0])], columns=['column', 'in all rows'])
+    once = [(k, df[k].iloc[0]) for k in same if not pd.isna(df[k].iloc[0])]
+    once = pd.DataFrame(once, columns=['column', 'in all rows'])
     tables = html_table(once, 'The same in all rows', long=('in all rows',)) if len(once) else ''
     return tables + html_table(df.drop(columns=same), 'What differs', long=('reasons', 'train_attack'))
 
-# %% ../../nbs/study/12_page.ipynb #3bad43e5
+# %% ../../nbs/study/12_page.ipynb #a7d38fcc
 _alt = "Clean and robust accuracy against the level of compression. The table of all cells holds the same figures."
 
 def study_page(
@@ -131,7 +135,8 @@ def write_report(
     results = results_of(study)
     fig = plot_study(results.df)
     picture = figure_bytes(fig)
-    files = {'results.csv': results.df.to_csv(index=False), 'figure.png': picture, 'figure.svg': figure_bytes(fig, 'svg'),
+    files = {'results.csv': results.df.to_csv(index=False), 'figure.png': picture,
+             'figure.svg': figure_bytes(fig, 'svg'),
              'report.html': study_page(results, picture, interactive)}
     for name,content in files.items(): write_atomic(results.path/name, content)
     return {name: results.path/name for name in files}

@@ -55,7 +55,7 @@ def how_much(
     variant = variant_of(label)
     return ', '.join(said) + (f' ({variant})' if variant else '')
 
-# %% ../../nbs/study/08_tables.ipynb #2df974f7
+# %% ../../nbs/study/08_tables.ipynb #37843cff
 cell_keys = ['parent', 'label', 'fine_tuning']   # What a row is about, apart from the seed
 
 def _is_bound(rows):
@@ -63,7 +63,7 @@ def _is_bound(rows):
     got_around = (rows.verdict=='gradient masking') & (rows.broken==True)  # noqa: E712 it may be missing
     return not ((rows.verdict=='trusted') | got_around).all()
 
-def _summary(rows):
+def _mean_cell(rows):
     "One row for all seeds of a cell"
     one = rows.iloc[0][['compression', 'prune', 'weight_bits', 'input_bits', 'n']].to_dict()
     for what in ('clean', 'robust'):
@@ -79,8 +79,10 @@ def over_seeds(
 ) -> pd.DataFrame: # A row for each cell, in order of appearance, with `seeds`, `verdict`, `is_bound` and `text`
     "Means over seeds, with intervals of the images and of the seeds"
     keys,df = [*more, *cell_keys],with_labels(df)
-    cells = pd.DataFrame([dict(zip(keys, k)) | _summary(rows) for k,rows in df.groupby(keys, sort=False, dropna=False)])
-    cells['text'] = [how_much(*o) for o in cells[['prune', 'weight_bits', 'input_bits', 'label']].itertuples(index=False)]
+    grouped = df.groupby(keys, sort=False, dropna=False)
+    cells = pd.DataFrame([dict(zip(keys, k)) | _mean_cell(rows) for k,rows in grouped])
+    what = cells[['prune', 'weight_bits', 'input_bits', 'label']]
+    cells['text'] = [how_much(*o) for o in what.itertuples(index=False)]
     return cells
 
 # %% ../../nbs/study/08_tables.ipynb #e2810504
@@ -115,8 +117,9 @@ def accuracy_table(
                      price(first.macs), price(first.bytes)])
     return pd.DataFrame(rows, columns=['parent', 'compression', 'level', *map(tuning_said, tunings), 'MACs', 'bytes'])
 
-# %% ../../nbs/study/08_tables.ipynb #7b1bda54
-kinds = {'prune': 'Pruning', 'quantize': 'Quantization', 'prune+quantize': 'Pruning and quantization', 'none': 'Not compressed'}
+# %% ../../nbs/study/08_tables.ipynb #6a2731df
+kinds = {'prune': 'Pruning', 'quantize': 'Quantization', 'prune+quantize': 'Pruning and quantization',
+         'none': 'Not compressed'}
 axis_names = {'prune': 'share of channels removed', 'quantize': 'bits of weights/inputs',
               'prune+quantize': 'channels removed, bits of weights/inputs', 'none': 'not compressed'}
 
@@ -143,7 +146,7 @@ def placed(
     order = sorted(set(keys), key=compressed)
     return cells.assign(x=[float(order.index(o)) for o in keys]),[_tick(*o, kind) for o in order]
 
-# %% ../../nbs/study/08_tables.ipynb #5ba51df7
+# %% ../../nbs/study/08_tables.ipynb #d8ce9efe
 _palette = '#4477aa','#cc6644','#228855','#aa4499','#997700','#3399aa','#7766cc','#bb4455'
 
 def colours_of(
@@ -173,7 +176,8 @@ def curve_said(
     variant:str='',
 ) -> str:
     "What a legend calls a curve"
-    said = 'not fine-tuned' if (hue,name)==('fine_tuning','none') else f'{name} fine-tuning' if hue=='fine_tuning' else str(name)
+    said = str(name)
+    if hue=='fine_tuning': said = 'not fine-tuned' if name=='none' else f'{name} fine-tuning'
     return f'{said} ({variant})' if variant else said
 
 # %% ../../nbs/study/08_tables.ipynb #d7cca34a
@@ -203,7 +207,7 @@ def _panel(ax, cells, kind, hue, colours):
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../../nbs/study/08_tables.ipynb #64f3f4ba
+# %% ../../nbs/study/08_tables.ipynb #e754ea9c
 def plot_panels(
     cells:pd.DataFrame, # See `over_seeds`
     by:list, # Columns that make the rows of panels
@@ -223,8 +227,9 @@ def plot_panels(
     handles = {label: o for ax in axs.flat for o,label in zip(*ax.get_legend_handles_labels())}
     if (cells.verdict!='trusted').any():
         handles['hollow: not trusted'] = Line2D([], [], ls='', marker='o', mfc='white', color='#555566')
-    if handles: fig.legend(list(handles.values()), list(handles), loc='outside lower center', ncols=min(2*len(columns), 4),
-                           frameon=False, fontsize=9)
+    if handles: fig.legend(list(handles.values()), list(handles), loc='outside lower center', frameon=False,
+                           ncols=min(2*len(columns), 4), fontsize=9)
+
     return fig
 
 def plot_study(

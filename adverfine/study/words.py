@@ -7,8 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study/words.html.md"""
 # %% auto #0
 __all__ = ['results_of', 'attack_in_words', 'tuning_in_words', 'in_words']
 
-# %% ../../nbs/study/09_words.ipynb #4948900c
-from pathlib import Path
+# %% ../../nbs/study/09_words.ipynb #5870094a
 from ..threat import norm_names
 from .folder import read_study, StudyResults
 from .rows import versions
@@ -20,7 +19,7 @@ def results_of(
     "What the folder of a study holds"
     return study if isinstance(study, StudyResults) else read_study(getattr(study, 'out', study))
 
-# %% ../../nbs/study/09_words.ipynb #9e0aa79d
+# %% ../../nbs/study/09_words.ipynb #ba2885b1
 def _figure(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
 
 def _kind(o): return str(o.get('kind', '')).rpartition(':')[2]
@@ -33,7 +32,8 @@ def attack_in_words(
     "An attack and its settings"
     kind,steps,step = _kind(o),o.get('steps'),o.get('step_size')
     if kind!='PGD':
-        fields = {k: v for k,v in o.items() if k not in ('kind', 'eps', 'norm', 'clamp') and isinstance(v, (str, int, float))}
+        fields = {k: v for k,v in o.items() if k not in ('kind', 'eps', 'norm', 'clamp')}
+        fields = {k: v for k,v in fields.items() if isinstance(v, (str, int, float))}
         said = ', '.join(f'{k} {_figure(v)}' for k,v in fields.items() if v is not False)
         return f'{kind} ({said})' if said else kind
     if step is None and isinstance(steps, int) and o.get('norm')!='l0': step = 2.5*o['eps']/steps
@@ -42,7 +42,8 @@ def attack_in_words(
     start = 'a random point of that ball' if o.get('random_start') else 'the clean image'
     return f'PGD with {steps} steps{size} from {start}{restarts}'
 
-_reach = dict(linf='every pixel by at most', l2='the image by a vector of length', l1='values of pixels by a sum of', l0='at most')
+_reach = dict(linf='every pixel by at most', l2='the image by a vector of length', l1='values of pixels by a sum of',
+              l0='at most')
 
 def _adversary(judge):
     "What the adversary may do"
@@ -55,20 +56,21 @@ def _adversary(judge):
     return (f"The adversary knows the network and may change {_reach.get(norm, 'the image by')} {_figure(eps)}{unit}, "
             f"{norm_names.get(norm, norm)}{valid} It runs {', then '.join(map(attack_in_words, judge['attacks']))}.")
 
-# %% ../../nbs/study/09_words.ipynb #4aaee211
+# %% ../../nbs/study/09_words.ipynb #058dd0b8
 def _further(judge, n_test):
     "What became of the images that the attacks left standing"
     n,sweep = judge.get('n'),judge.get('sweep')
     drawn = f'It attacks {n} test images, drawn at random. ' if n is not None and n!=n_test else ''
     if judge.get('escalate'):
         rest = ("What stood was attacked further, by an adaptive AutoAttack and then by stronger attacks for as long "
-                f"as a guard found more, with at most {_figure(judge.get('budget'))} passes an image; on compressed networks "
-                "also with images made on their parent. ")
+                f"as a guard found more, with at most {_figure(judge.get('budget'))} passes an image; on compressed "
+                "networks also with images made on their parent. ")
     else: rest = "The evaluation did not go on to stronger attacks; guards tried a few on a sample of what stood. "
     if not sweep: return drawn+rest
     swept = attack_in_words(sweep)
     if judge.get('by_sweep'):
-        return f"{drawn}{rest}The figures are those of a sweep of all test images with {swept} alone; the verdicts are of the rest. "
+        return (f"{drawn}{rest}The figures are those of a sweep of all test images with {swept} alone; "
+                "the verdicts are of the rest. ")
     return f"{drawn}{rest}Beside that, the columns of the sweep hold the accuracy on all test images under {swept}. "
 
 _verdicts = (
@@ -78,7 +80,7 @@ _verdicts = (
     "found, the figure is theirs, and otherwise it is an upper bound that may be far too high. "
     "A ≤ marks the upper bounds, and a hollow marker in a figure what is not trusted. ")
 
-# %% ../../nbs/study/09_words.ipynb #a631638e
+# %% ../../nbs/study/09_words.ipynb #5348ff2a
 _extras = dict(teacher='learning from the network before compression', watched='stopped when it collapses')
 
 def tuning_in_words(
@@ -90,8 +92,10 @@ def tuning_in_words(
     if how=='none': return f'{name}: no training'
     if how not in ('standard', 'adversarial'): return f'{name}: the function {how}'
     schedule = o.get('schedule')
-    if isinstance(schedule, list) and len(schedule)==2: rate = f'times {_figure(schedule[1])} after epoch {_figure(schedule[0])}'
-    else: rate = str(schedule).replace('_', '-')
+    rate = str(schedule).replace('_', '-')
+    if isinstance(schedule, list) and len(schedule)==2:
+        rate = f'times {_figure(schedule[1])} after epoch {_figure(schedule[0])}'
+
     said = [f"{o.get('epochs')} epochs with {dict(adam='Adam', sgd='SGD').get(o.get('optimizer'), o.get('optimizer'))}",
             f"learning rate {_figure(o.get('lr'))} ({rate})"]
     if o.get('attack'): said.append(f"against {attack_in_words(o['attack'])}")
@@ -107,7 +111,7 @@ def _training(protocol):
     return (f"Training took batches of {protocol.get('bs')}{bf16}. Parents: {all_of('parents')}. "
             f"Fine-tunings: {all_of('fine_tunings')}. ")
 
-# %% ../../nbs/study/09_words.ipynb #cbd0d02a
+# %% ../../nbs/study/09_words.ipynb #830ce467
 def in_words(
     results, # A `Study`, its folder, or what `read_study` returned
 ) -> str: # A paragraph
@@ -124,8 +128,8 @@ def in_words(
                          "take the folder that a study made") from e
     seeds = ("Beside these stands, after ± and as a broad bar, the 95 % interval of the mean over seeds, mean ± t s/√k "
              "with Student's t and the standard deviation s of the k seeds. " if df.seed.nunique()>1 else "")
-    return (f"{measured}An image counts as robust only if the network is right about it both clean and under everything that "
-            f"was tried, so robust accuracy never exceeds clean accuracy. {training}"
+    return (f"{measured}An image counts as robust only if the network is right about it both clean and under everything "
+            f"that was tried, so robust accuracy never exceeds clean accuracy. {training}"
             f"There are {trained} training images and {tested} test images; the test images served for the final "
             "evaluation of each network and for nothing else; quantizers were calibrated on training images. "
             f"Intervals in brackets are 95 % (Wilson) for the sampling of test images alone. {seeds}{_verdicts}"

@@ -1,37 +1,16 @@
 "The page of a study and of a comparison: what they say, that nothing in them runs, and how they work in a browser"
 import json, re, shutil, subprocess, sys
-from html.parser import HTMLParser
 from pathlib import Path
-import pandas as pd, pytest
+import pytest
 from adverfine.evaluation.report import interval
 from adverfine.study.comparison import compare, write_comparison
-from adverfine.study.folder import CellFiles, read_study, StudyFolder
+from adverfine.study.folder import read_study
 from adverfine.study.page import in_words, write_report
 from adverfine.study.presets import recommended
-from adverfine.study.rows import said_of
-from adverfine.study.study import Study
 from adverfine.study.tables import accuracy_table, plot_study
+from fabricated import evil, fabricate, until, Words
 
 root = Path(__file__).resolve().parents[1]
-evil = '</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1><b onclick=x>"\'&amp;$x'
-
-def fabricate(path, change=None, robust=0., **kwargs):
-    "The folder of a study whose rows nobody measured; `change` edits a row"
-    options = dict(levels=(.5, .9), bits=(8, (1, 8), 1), joint=((.5, (4, 8)),), parents=('standard', 'adversarial'),
-                   n_train=100, n_test=50)
-    study = Study.quick('digits', out=path, bf16=False, **options | kwargs)
-    folder = StudyFolder(path)
-    folder.claim(study.protocol(study.images()))
-    folder.plan(study.cells())
-    verdicts = ['trusted', 'not converged', 'trusted', 'gradient masking']
-    for k,cell in enumerate(study.cells()):
-        row = dict(clean=.9-.01*(k%7), robust=.5-.012*k+robust, n=50, macs=10**6-10**4*(k%9), latency_ms=2.+k%5,
-                   bytes=4*10**6-10**5*(k%11), training_seconds=0. if cell.tuning.how=='none' else 3.+k,
-                   verdict=verdicts[k%4], reasons=f'guard: reason {k}' if k%2 else '')
-        row = said_of(cell, study.judge) | row
-        CellFiles(folder.path/'cells').keep(cell, row | (change(k, row) if change else {}))
-    return Path(path)
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return fabricate(tmp_path_factory.mktemp('study'))
 
@@ -67,13 +46,6 @@ def opened(browser):
     yield _open
     for o in contexts: o.close()
 
-def until(tab, what):
-    "Wait; the policy of the page forbids the way in which Playwright would"
-    for _ in range(200):
-        if tab.evaluate(what): return
-        tab.wait_for_timeout(50)
-    raise AssertionError(f'never: {what}')
-
 def rgb(tab, what): return tab.evaluate(f"getComputedStyle(document.body)['{what}']")
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
@@ -99,7 +71,8 @@ def test_headings_and_names(opened, page):
     unnamed = "[...document.querySelectorAll('input,select')].filter(o => !o.labels.length).length"
     assert tab.evaluate(unnamed)==0
     boxes = "[...document.querySelectorAll('[role=application],[role=region]')]"
-    assert tab.evaluate(f"{boxes}.length")>7 and tab.evaluate(f"{boxes}.filter(o => !o.ariaLabel || o.tabIndex).length")==0
+    assert tab.evaluate(f"{boxes}.length")>7
+    assert tab.evaluate(f"{boxes}.filter(o => !o.ariaLabel || o.tabIndex).length")==0
     assert tab.evaluate("[...document.images].filter(o => !o.alt).length")==0
 
 def column(tab, name):
@@ -162,9 +135,9 @@ def test_points_say_what_they_are(opened, page, folder):
 def test_curves_are_hidden_and_prices_chosen(opened, page):
     tab = opened(page)
     traces = "[...document.querySelectorAll('.chart')].map(o => o.querySelectorAll('.scatterlayer .trace').length)"
-    priced = "(o => [o.layout.xaxis.title.text, o.layout.xaxis.type, ...o.data.at(-1).x])(document.getElementById('priced'))"
     def drawn(): return tab.evaluate(traces)
-    def state(): return tab.evaluate(priced)
+    def state():
+        return tab.locator('#priced').evaluate('o => [o.layout.xaxis.title.text, o.layout.xaxis.type, ...o.data.at(-1).x]')
     all_of_them = drawn()
     tab.get_by_label('standard fine-tuning').uncheck()
     assert [a-b for a,b in zip(all_of_them, drawn())]==[2]*(len(all_of_them)-1)+[1]
@@ -182,7 +155,8 @@ def test_without_scripts_there_is_the_static_page(opened, page):
 
 def hostile(k, row):
     return dict.fromkeys(('data', 'reasons', 'parent', 'attack', 'network'), evil) | dict(
-        verdict=evil if k%2 else 'trusted', fine_tuning=f'{evil}{k%3}', version=f'{evil}{k%2}', label=f"{row['label']}-{evil}")
+        verdict=evil if k%2 else 'trusted', fine_tuning=f'{evil}{k%3}', version=f'{evil}{k%2}',
+        label=f"{row['label']}-{evil}")
 
 
 @pytest.mark.parametrize('interactive', [False, True])
@@ -212,13 +186,6 @@ def test_the_policy_stops_what_would_have_got_in(opened, page, tmp_path):
     assert tab.evaluate('window.hacked')==None and len(tab.said)>=2  # noqa: E711
     assert tab.locator('.chart .main-svg').count()
 
-class Words(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.text = ''
-        self.feed(text)
-    def handle_data(self, data): self.text += data
-
 def test_a_page_says_how_and_what_is_doubtful(folder):
     html = write_report(folder, interactive=False)['report.html'].read_text()
     assert '<script' not in html and not re.search('https?:', html)
@@ -230,7 +197,8 @@ def test_a_page_says_how_and_what_is_doubtful(folder):
     assert all((folder/o).stat().st_size for o in ('figure.png', 'figure.svg', 'results.csv'))
 
 def test_the_extra_is_named_where_it_is_missing(folder, monkeypatch):
-    for module in ('deployment.onnx', 'study.page'): monkeypatch.setattr(f'adverfine.{module}.find_spec', lambda name: None)
+    def nothing(name): return None
+    for module in ('deployment.onnx', 'study.page'): monkeypatch.setattr(f'adverfine.{module}.find_spec', nothing)
     with pytest.raises(ImportError, match=r"pip install 'adverfine\[report\]'"): write_report(folder, interactive=True)
     assert '<script' not in write_report(folder)['report.html'].read_text()
 

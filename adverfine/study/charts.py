@@ -42,7 +42,7 @@ def point_said(
              f"{n}{cell['seeds']} seed{'s' if cell['seeds']>1 else ''}: {cell['verdict']}", _price_said(cell)]
     return '<br>'.join(plain(o) for o in lines if o)
 
-# %% ../../nbs/study/10_charts.ipynb #693dfc5e
+# %% ../../nbs/study/10_charts.ipynb #f416a64f
 _symbols = 'circle','square','diamond','triangle-down','triangle-up','cross','x'
 _layout = dict(margin=dict(l=56, r=12, t=10, b=48), height=340, showlegend=False, hovermode='closest', dragmode=False,
                template='none',
@@ -67,6 +67,7 @@ def _curve(rows, what, name, colour, symbol, said):
 
                       hovertext=lines, hoverinfo='text')
 
+# %% ../../nbs/study/10_charts.ipynb #5debea10
 def _chart(part, kind, hue, colours):
     import plotly.graph_objects as go
     part,ticks = placed(part, kind)

@@ -8,7 +8,7 @@ Docs: https://adverfine.github.io/adverfine/study/comparison.html.md"""
 __all__ = ['needed', 'read_figures', 'Compared', 'read_compared', 'side_by_side', 'compare', 'plot_comparison',
            'write_comparison']
 
-# %% ../../nbs/study/13_comparison.ipynb #4237cbfb
+# %% ../../nbs/study/13_comparison.ipynb #4c5c1324
 import json
 from dataclasses import dataclass
 from html import escape
@@ -20,10 +20,10 @@ from .names import disagreement
 from .tables import both_said, cell_keys, kinds, over_seeds, plot_panels, tuning_said
 from .words import in_words, results_of
 from .charts import curve_charts
-from .markup import curves_section, filter_box, html_table, legend, whole_page
+from .markup import curves_part, filter_box, html_table, legend, whole_page
 from .page import can_interact, figure_bytes, static_figure
 
-# %% ../../nbs/study/13_comparison.ipynb #ff8549a1
+# %% ../../nbs/study/13_comparison.ipynb #4f11e3f1
 needed = 'parent','compression','level','fine_tuning','clean','robust'
 
 def read_figures(
@@ -47,6 +47,7 @@ def read_figures(
     if not len(df): raise ValueError(f"{path} has no rows")
     return df
 
+# %% ../../nbs/study/13_comparison.ipynb #d5828d18
 @dataclass(frozen=True)
 class Compared:
     "A study among others"
@@ -102,7 +103,7 @@ def plot_comparison(
     cells = pd.concat([o.cells for o in compared], ignore_index=True)
     return plot_panels(cells, ['parent', 'fine_tuning'], 'study', ', '.join(o.name for o in compared))
 
-# %% ../../nbs/study/13_comparison.ipynb #56c27343
+# %% ../../nbs/study/13_comparison.ipynb #13adb41a
 def _protocols(compared):
     "How each study was measured, and where protocols differ from the first"
     html,first = '',next((o for o in compared if o.results is not None), None)
@@ -128,7 +129,7 @@ def write_comparison(
     charts = curve_charts(cells, ('parent', 'fine_tuning'), 'study') if interactive else []
     static = static_figure(picture, "Clean and robust accuracy against compression. The table holds the same figures.")
     sections = [f"<h1>Studies beside each other</h1><p class=quiet>{escape(', '.join(o.name for o in compared))}</p>"
-                "<h2>Accuracy against compression</h2>", curves_section(charts, legend(cells, 'study'), static),
+                "<h2>Accuracy against compression</h2>", curves_part(charts, legend(cells, 'study'), static),
                 "<h2>Clean / robust accuracy in percent</h2>", filter_box('cells'),
                 html_table(table, 'Means over seeds, with 95 % intervals', key='cells'),
                 f'<h2>What was measured</h2>{_protocols(compared)}']

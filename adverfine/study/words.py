@@ -111,7 +111,7 @@ def _training(protocol):
     return (f"Training took batches of {protocol.get('bs')}{bf16}. Parents: {all_of('parents')}. "
             f"Fine-tunings: {all_of('fine_tunings')}. ")
 
-# %% ../../nbs/study/09_words.ipynb #830ce467
+# %% ../../nbs/study/09_words.ipynb #d381c5dc
 def in_words(
     results, # A `Study`, its folder, or what `read_study` returned
 ) -> str: # A paragraph
@@ -128,8 +128,8 @@ def in_words(
                          "take the folder that a study made") from e
     seeds = ("Beside these stands, after ± and as a broad bar, the 95 % interval of the mean over seeds, mean ± t s/√k "
              "with Student's t and the standard deviation s of the k seeds. " if df.seed.nunique()>1 else "")
-    return (f"{measured}An image counts as robust only if the network is right about it both clean and under everything "
-            f"that was tried, so robust accuracy never exceeds clean accuracy. {training}"
+    return (f"{measured}An image counts as robust only if the network is right about it both clean and under "
+            f"everything that was tried, so robust accuracy never exceeds clean accuracy. {training}"
             f"There are {trained} training images and {tested} test images; the test images served for the final "
             "evaluation of each network and for nothing else; quantizers were calibrated on training images. "
             f"Intervals in brackets are 95 % (Wilson) for the sampling of test images alone. {seeds}{_verdicts}"

@@ -29,7 +29,8 @@ _pruning = ['tests/test_pruning.py']
 _quantization = ['tests/test_quantization.py']
 _deployment = ['tests/test_deployment.py']
 _training = ['tests/test_training.py']
-_study = ['tests/test_study.py', 'tests/test_study_values.py']
+_study = ['tests/test_study.py', 'tests/test_study_values.py', 'tests/test_study_own.py']
+_page = ['tests/test_page.py']
 def _sees(words): return f'tests/test_compression.py -k "{words}"'
 
 belongs = {
@@ -48,6 +49,7 @@ belongs = {
     'data.images':              ['tests/test_data.py'],
     'data.pixels':              ['tests/test_data.py', *_pruning],
     'data.sources':             ['tests/test_data.py'],
+    'data.folders':             ['tests/test_study_own.py'],
     'attacks.attack':           _attacks,
     'attacks.losses':           [*_attacks, *_autoattack],
     'attacks.scoring':          ['tests/test_passes.py', 'tests/test_report.py', _state, *_attacks],
@@ -106,8 +108,12 @@ belongs = {
     'study.study':              _study,
     'study.presets':            _study,
     'study.definitions':        _study,
-    'study.tables':             _study,
-    'study.page':               _study,
+    'study.tables':             _study + _page,
+    'study.words':              _page,
+    'study.charts':             _page,
+    'study.markup':             _page,
+    'study.page':               _study + _page,
+    'study.comparison':         _page,
     'bench.data':               [],
     'bench.evaluation':         [],
     'bench.inference':          [],

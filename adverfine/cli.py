@@ -76,7 +76,7 @@ def _add_study(commands):
     add('--seeds', type=int, nargs='+', help='one parent each')
     add('--path', help='folder of the data set')
     for name,text in _study_numbers.items():
-        add(f"--{name.replace('_', '-')}", type=float if name.endswith(('lr', 'eps')) else int, help=text)
+        add(f"--{name.replace('_', '-')}", type=float if name in ('lr', 'fine_tune_lr', 'eps') else int, help=text)
     add('--escalate', action=argparse.BooleanOptionalAction, help='go on with stronger attacks; default: yes')
     add('--bf16', action=argparse.BooleanOptionalAction, help='use bfloat16; default: where that is faster here')
     add('--download', action='store_const', const=True, help='let torchvision download the data set')

@@ -108,7 +108,7 @@ def prune(
     **kwargs # `keep_macs`, `criterion`, `scope`, `floor` and `round_to` of a `PruningPlan`
 ) -> nn.Module: # `model`
     "Remove the least important channels from every layer but the head"
-    _Pruner(bare(model), PruningPlan(share, **kwargs), x).cut()
+    _Pruner(bare(model), PruningPlan(share, **kwargs), x.detach().as_subclass(Tensor)).cut()
     return model
 
 # %% ../../nbs/compression/04_pruning.ipynb #95c94f67

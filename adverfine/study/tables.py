@@ -164,6 +164,7 @@ def curves_of(
 ): # Of (name, variant, number of the variant, cells from left to right)
     "Each curve of a panel"
     variants = cells.label.map(variant_of)
+    if not cells.duplicated([hue, 'x']).any(): variants = variants.mask(cells.compression!='none', '')
     names = list(dict.fromkeys(variants[cells.compression!='none'])) or ['']
     for name in dict.fromkeys(cells[hue]):
         for k,variant in enumerate(names):

@@ -137,7 +137,8 @@ def test_curves_are_hidden_and_prices_chosen(opened, page):
     traces = "[...document.querySelectorAll('.chart')].map(o => o.querySelectorAll('.scatterlayer .trace').length)"
     def drawn(): return tab.evaluate(traces)
     def state():
-        return tab.locator('#priced').evaluate('o => [o.layout.xaxis.title.text, o.layout.xaxis.type, ...o.data.at(-1).x]')
+        axis = 'o => [o.layout.xaxis.title.text, o.layout.xaxis.type, ...o.data.at(-1).x]'
+        return tab.locator('#priced').evaluate(axis)
     all_of_them = drawn()
     tab.get_by_label('standard fine-tuning').uncheck()
     assert [a-b for a,b in zip(all_of_them, drawn())]==[2]*(len(all_of_them)-1)+[1]

@@ -137,7 +137,8 @@ def test_curves_are_hidden_and_prices_chosen(opened, page):
     traces = "[...document.querySelectorAll('.chart')].map(o => o.querySelectorAll('.scatterlayer .trace').length)"
     def drawn(): return tab.evaluate(traces)
     def state():
-        return tab.locator('#priced').evaluate('o => [o.layout.xaxis.title.text, o.layout.xaxis.type, ...o.data.at(-1).x]')
+        axis = 'o => [o.layout.xaxis.title.text, o.layout.xaxis.type, ...o.data.at(-1).x]'
+        return tab.locator('#priced').evaluate(axis)
     all_of_them = drawn()
     tab.get_by_label('standard fine-tuning').uncheck()
     assert [a-b for a,b in zip(all_of_them, drawn())]==[2]*(len(all_of_them)-1)+[1]
@@ -176,7 +177,10 @@ def test_nothing_in_a_hostile_folder_runs(opened, tmp_path, interactive):
         assert tab.locator('script').count()==(2+len(re.findall('<script type', path.read_text())))*interactive
         title = tab.evaluate("document.querySelector('h1').textContent")
         assert title.endswith(evil if path is pages[0] else 'each other')
-        if interactive: assert not tab.locator('.chart a').count() and not tab.locator('.chart [style*=bold]').count()
+        if not interactive: continue
+        tab.locator('.chart').first.press('ArrowRight')
+        assert '<b onclick' in tab.locator('.chart .hovertext').text_content()       # as a text
+        assert not tab.locator('.chart a').count() and not tab.locator('.chart [style*=bold]').count()
 
 def test_the_policy_stops_what_would_have_got_in(opened, page, tmp_path):
     path = tmp_path/'page.html'

@@ -125,13 +125,15 @@ class PGD(Attack):
         if self.step_size is not None: return self.step_size
         return self.eps if self.norm=='l0' else 2.5*self.eps/self.steps
 
-    def _run(self, model, x, y, generator):
-        threat,project = self.threat,self.threat.projection(x)
-        x_adv = threat.random_start(x, generator) if self.random_start else x
-        for k in range(self.steps):
-            direction = threat.steepest(input_grad(model, x_adv, y, checked=k==0), x_adv)
-            x_adv = project(torch.add(x_adv, direction, alpha=self._step))
-        return x_adv
+# %% ../../nbs/attacks/04_gradient.ipynb #6c200002
+@patch
+def _run(self:PGD, model, x, y, generator):
+    threat,project = self.threat,self.threat.projection(x)
+    x_adv = threat.random_start(x, generator) if self.random_start else x
+    for k in range(self.steps):
+        direction = threat.steepest(input_grad(model, x_adv, y, checked=k==0), x_adv)
+        x_adv = project(torch.add(x_adv, direction, alpha=self._step))
+    return x_adv
 
 # %% ../../nbs/attacks/04_gradient.ipynb #5ad20356
 @patch

@@ -124,6 +124,7 @@ class Setup:
         tune(learn, tuning, teacher, more)
         return time.perf_counter()-start
 
+# %% ../../nbs/study/04_cells.ipynb #6c200008
 @patch
 def train_parent(self:Setup,
     cell:Cell, # A row, whose parent is trained
@@ -168,6 +169,7 @@ def tuned(self:Setup,
         seconds = self.train(learn, cell.training, done, dense, cbs)
     return learn,None if cell.compression.kind=='none' else dense,seconds
 
+# %% ../../nbs/study/04_cells.ipynb #6c20000a
 @patch
 def measure(self:Setup,
     cell:Cell, # Which row

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
+from fastcore.basics import patch
 from .. import __version__
 from ..files import locked, write_atomic
 from .names import disagreement
@@ -59,32 +60,37 @@ class StudyFolder:
                 raise ValueError(f"{self.path} holds another study ({'; '.join(odd)}): name another output folder")
             if new!=theirs: write_atomic(self.file, json.dumps(dict(protocol=new, version=__version__), indent=1))
 
-    def plan(self,
-        cells:list, # Of `Cell`
-    ):
-        "Write down which cells are to be measured, those of earlier runs included"
-        with locked(self.path):
-            known = self.planned()
-            new = list(dict.fromkeys([*known, *(o.name for o in cells)]))
-            if new!=known: write_atomic(self.path/'planned.json', json.dumps(new, indent=0))
+# %% ../../nbs/study/05_folder.ipynb #6c20000c
+@patch
+def plan(self:StudyFolder,
+    cells:list, # Of `Cell`
+):
+    "Write down which cells are to be measured, those of earlier runs included"
+    with locked(self.path):
+        known = self.planned()
+        new = list(dict.fromkeys([*known, *(o.name for o in cells)]))
+        if new!=known: write_atomic(self.path/'planned.json', json.dumps(new, indent=0))
 
-    def sign(self,
-        **who # Command, versions, processor
-    ):
-        "Write down who works on this study, once"
-        with locked(self.path):
-            known = self.runs()
-            if who not in known: write_atomic(self.path/'runs.json', json.dumps([*known, who], indent=1))
+@patch
+def sign(self:StudyFolder,
+    **who # Command, versions, processor
+):
+    "Write down who works on this study, once"
+    with locked(self.path):
+        known = self.runs()
+        if who not in known: write_atomic(self.path/'runs.json', json.dumps([*known, who], indent=1))
 
-    def runs(self) -> list: # Of dicts
-        "Who has worked on this study"
-        file = self.path/'runs.json'
-        return loaded_json(file) if file.exists() else []
+@patch
+def runs(self:StudyFolder) -> list: # Of dicts
+    "Who has worked on this study"
+    file = self.path/'runs.json'
+    return loaded_json(file) if file.exists() else []
 
-    def planned(self) -> list: # Of names, in the order of the study
-        "The cells that are to be measured"
-        file = self.path/'planned.json'
-        return loaded_json(file) if file.exists() else []
+@patch
+def planned(self:StudyFolder) -> list: # Of names, in the order of the study
+    "The cells that are to be measured"
+    file = self.path/'planned.json'
+    return loaded_json(file) if file.exists() else []
 
 # %% ../../nbs/study/05_folder.ipynb #dbcc1ad3
 class ParentFiles:

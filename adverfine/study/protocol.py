@@ -11,6 +11,7 @@ __all__ = ['tunings', 'Compression', 'FineTune', 'Judge', 'Cell', 'training_pass
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, KW_ONLY
+from fastcore.basics import patch
 from fastcore.foundation import L
 from ..attacks.attack import Attack
 from ..compression.importance import Taylor
@@ -60,19 +61,49 @@ class Compression:
         "Share of channels that are removed, or bits of weights; 0 for no compression"
         return self.prune or (self.bits if isinstance(self.bits, int) else self.bits and self.bits[0]) or 0
 
-    @property
-    def label(self) -> str:
-        "Such as 'prune-0.5-quantize-4-8'"
-        if self.kind=='none': return 'none-0'
-        more = [] if self.criterion=='l1' else [getattr(self.criterion, 'name', str(self.criterion)).lower()]
-        if self.prune and self.cut!='one_shot': more.append(f'{self.cut}-{self.end:g}')
-        prune = ['prune', f'{self.prune:g}', *more] if self.prune else []
-        bits = ['quantize', *map(str, L(self.bits))] if self.bits else []
-        return '-'.join(prune + bits + ['progressive']*(self.bits is not None and self.rounding!='one_shot'))
+# %% ../../nbs/study/01_protocol.ipynb #6c200004
+@patch(as_prop=True)
+def label(self:Compression) -> str:
+    "Such as 'prune-0.5-quantize-4-8'"
+    if self.kind=='none': return 'none-0'
+    more = [] if self.criterion=='l1' else [getattr(self.criterion, 'name', str(self.criterion)).lower()]
+    if self.prune and self.cut!='one_shot': more.append(f'{self.cut}-{self.end:g}')
+    prune = ['prune', f'{self.prune:g}', *more] if self.prune else []
+    bits = ['quantize', *map(str, L(self.bits))] if self.bits else []
+    return '-'.join(prune + bits + ['progressive']*(self.bits is not None and self.rounding!='one_shot'))
 
-# %% ../../nbs/study/01_protocol.ipynb #bb65d170
+# %% ../../nbs/study/01_protocol.ipynb #6c200005
 tunings = 'none','standard','adversarial'
 
+def _check_tuning(tuning):
+    "Raise a `ValueError` unless the parts of a `FineTune` fit together"
+    if not callable(tuning.how) and tuning.how not in tunings:
+        raise ValueError(f"how={tuning.how!r} is not offered: use {', '.join(tunings)}, or a function of a Learner")
+    if not tuning.name or '/' in tuning.name:
+        raise ValueError(f"name={tuning.name!r} names a file: use letters and digits")
+    if (tuning.how=='adversarial')!=(tuning.attack is not None):
+        raise ValueError(f"how={tuning.name!r} and attack={tuning.attack}: adversarial training needs an attack, such "
+                         f"as PGD(8/255, steps=5), and nothing else takes one")
+    if tuning.how!='adversarial' and (tuning.objective or tuning.teacher or tuning.warmup or tuning.watched):
+        raise ValueError(f"how={tuning.name!r} takes no objective, teacher, warmup or watched: those are of "
+                         f"adversarial training")
+    if not (isinstance(tuning.epochs, int) and tuning.epochs>=1):
+        raise ValueError(f"epochs={tuning.epochs} must be 1 or more")
+    if not tuning.lr>0: raise ValueError(f"lr={tuning.lr} must be positive")
+    if tuning.average!=0: WeightAverage(tuning.average)
+    if tuning.warmup: EpsilonWarmup(tuning.warmup)
+
+def _check_optimizer(tuning):
+    if tuning.optimizer not in ('adam', 'sgd'):
+        raise ValueError(f"optimizer={tuning.optimizer!r} is not offered: use 'adam' or 'sgd'")
+    stepped = isinstance(tuning.schedule, tuple) and len(tuning.schedule)==2
+    if not stepped and tuning.schedule not in ('one_cycle', 'constant'):
+        raise ValueError(f"schedule={tuning.schedule!r} is not offered: use 'one_cycle', 'constant', or (epoch, "
+                         f"factor)")
+    if not 0<=tuning.momentum<1 or tuning.wd<0:
+        raise ValueError(f"momentum={tuning.momentum} must lie between 0 and 1, and wd={tuning.wd} be 0 or more")
+
+# %% ../../nbs/study/01_protocol.ipynb #bb65d170
 @dataclass(frozen=True)
 class FineTune:
     "How a network is trained, or trained further"
@@ -94,33 +125,9 @@ class FineTune:
     by_and_by:'FineTune|None'=None   # Takes its place where channels go by and by, with `cut` of a `Compression`
 
     def __post_init__(self):
-        if not callable(self.how) and self.how not in tunings:
-            raise ValueError(f"how={self.how!r} is not offered: use {', '.join(tunings)}, or a function of a Learner")
         if self.name is None: object.__setattr__(self, 'name', getattr(self.how, '__name__', self.how))
-        if not self.name or '/' in self.name:
-            raise ValueError(f"name={self.name!r} names a file: use letters and digits")
-        if (self.how=='adversarial')!=(self.attack is not None):
-            raise ValueError(f"how={self.name!r} and attack={self.attack}: adversarial training needs an attack, such "
-                             f"as PGD(8/255, steps=5), and nothing else takes one")
-        if self.how!='adversarial' and (self.objective or self.teacher or self.warmup or self.watched):
-            raise ValueError(f"how={self.name!r} takes no objective, teacher, warmup or watched: those are of "
-                             f"adversarial training")
-        if not (isinstance(self.epochs, int) and self.epochs>=1):
-            raise ValueError(f"epochs={self.epochs} must be 1 or more")
-        if not self.lr>0: raise ValueError(f"lr={self.lr} must be positive")
-        if self.average!=0: WeightAverage(self.average)
-        if self.warmup: EpsilonWarmup(self.warmup)
+        _check_tuning(self)
         _check_optimizer(self)
-
-def _check_optimizer(tuning):
-    if tuning.optimizer not in ('adam', 'sgd'):
-        raise ValueError(f"optimizer={tuning.optimizer!r} is not offered: use 'adam' or 'sgd'")
-    stepped = isinstance(tuning.schedule, tuple) and len(tuning.schedule)==2
-    if not stepped and tuning.schedule not in ('one_cycle', 'constant'):
-        raise ValueError(f"schedule={tuning.schedule!r} is not offered: use 'one_cycle', 'constant', or (epoch, "
-                         f"factor)")
-    if not 0<=tuning.momentum<1 or tuning.wd<0:
-        raise ValueError(f"momentum={tuning.momentum} must lie between 0 and 1, and wd={tuning.wd} be 0 or more")
 
 # %% ../../nbs/study/01_protocol.ipynb #49999f34
 @dataclass(frozen=True)

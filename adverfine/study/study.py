@@ -41,6 +41,7 @@ def _distinct(what, values, kind, name):
                          f"name='other'")
     return values
 
+# %% ../../nbs/study/06_study.ipynb #6c20000e
 @dataclass
 class Study:
     "A grid of cells, the protocol that measures one, and the folder of the results"
@@ -80,6 +81,7 @@ class Study:
         self.data = images_name(self.dls)
         self.out = Path(self.out or f'studies/{self.data}')
 
+# %% ../../nbs/study/06_study.ipynb #6c200010
 @patch
 def cells(self:Study) -> list: # Of `Cell`
     "Every row of this study, parents first"
@@ -105,6 +107,7 @@ def protocol(self:Study,
     return described(dict(data=images_described(self.dls, dls), network=network, judge=self.judge, bs=dls.train.bs,
                           normalize=self.normalize, bf16=self.bf16, **by_name))
 
+# %% ../../nbs/study/06_study.ipynb #6c200012
 @patch
 def claim(self:Study,
     dls:DataLoaders, # Its images
@@ -159,6 +162,7 @@ def measure(self:Study,
     if not self.parent_files.file(cell).exists(): self.parent_files.keep(cell, *setup.train_parent(cell, tick))
     self.cell_files.keep(cell, setup.measure(cell, *self.parent_files.load(cell), tick))
 
+# %% ../../nbs/study/06_study.ipynb #6c200014
 _bar_format = '{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}'
 
 @patch

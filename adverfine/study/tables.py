@@ -208,7 +208,7 @@ def _panel(ax, cells, kind, hue, colours):
     ax.grid(alpha=.25)
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../../nbs/study/09_tables.ipynb #e754ea9c
+# %% ../../nbs/study/09_tables.ipynb #e5b613e2
 def plot_panels(
     cells:pd.DataFrame, # See `over_seeds`
     by:list, # Columns that make the rows of panels
@@ -223,7 +223,7 @@ def plot_panels(
     for row,(name,part) in zip(axs, parts):
         for ax,kind in zip(row, columns): _panel(ax, part, kind, hue, colours)
         said = f'{name[0]} parent' if len(name)==1 else f'{name[0]} parent, {curve_said("fine_tuning", name[1])}'
-        row[0].set_ylabel('accuracy' if len(parts)==1 and len(name)==1 else f'accuracy ({said})'.replace('$', r'\$'))
+        row[0].set_ylabel('accuracy' if len(parts)==1 and len(name)==1 else f'accuracy\n({said})'.replace('$', r'\$'))
     fig.suptitle(title.replace('$', r'\$'), fontsize=11)
     handles = {label: o for ax in axs.flat for o,label in zip(*ax.get_legend_handles_labels())}
     if (cells.verdict!='trusted').any():

@@ -11,6 +11,7 @@ from .networks.cost import Cost, cost, latency, macs, storage_bytes
 from .data.images import BatchDL, ImageSet, image_dls
 from .data.pixels import pixels
 from .data.sources import cifar10_dls, digits_dls, fashion_mnist_dls
+from .data.folders import folder_dls
 from .attacks.attack import Attack
 from .attacks.gradient import FGSM, FGSMRS, NFGSM, PGD
 from .attacks.adaptive import EOT, Transfer
@@ -47,3 +48,4 @@ from .study.study import Study
 from .study.presets import recommended
 from .study.tables import accuracy_table, plot_study
 from .study.page import write_report
+from .study.comparison import compare, write_comparison

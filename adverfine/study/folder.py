@@ -158,7 +158,10 @@ def read_study(
     folder,cells = StudyFolder(path),CellFiles(Path(path)/'cells')
     protocol = folder.protocol()
     if protocol is None: raise ValueError(f"{path} holds no study.json: name the output folder of a study")
-    files = [cells.path/f'{o}.json' for o in folder.planned()]
+    planned = folder.planned()
+    if any(Path(o).name!=o for o in planned):
+        raise ValueError(f"{path}/planned.json names files of other folders: delete it")
+    files = [cells.path/f'{o}.json' for o in planned]
     done = [o for o in files if o.exists()]
     if not done: raise ValueError(f"{path} holds no finished cell of a study: run it first")
     return StudyResults(Path(path), protocol, as_table(list(map(loaded_json, done))), len(files)-len(done),

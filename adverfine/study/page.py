@@ -18,7 +18,7 @@ from ..files import write_atomic
 from ..deployment.onnx import require
 from adverfine.study.tables import (accuracy_said, accuracy_table, how_much, over_seeds, plot_study, tuning_said,
     with_labels)
-from .words import in_words, results_of
+from .words import in_words, results_of, study_readme
 from .charts import curve_charts, price_chart
 from .markup import curves_part, filter_box, html_table, legend, price_part, whole_page
 
@@ -131,13 +131,13 @@ def write_report(
     study, # A `Study`, finished or not, or its folder
     interactive:bool=None, # Charts that can be read point by point? Default: where the extra `report` is installed
 ) -> dict: # Name -> path of what was written
-    "Write `results.csv`, `figure.png`, `figure.svg` and the self-contained `report.html` into the study's folder"
+    "Write `results.csv`, figures, a `README.md` and the self-contained `report.html` into the study's folder"
     interactive = can_interact(interactive)
     results = results_of(study)
     fig = plot_study(results.df)
     picture = figure_bytes(fig)
     files = {'results.csv': results.df.to_csv(index=False), 'figure.png': picture,
              'figure.svg': figure_bytes(fig, 'svg'),
-             'report.html': study_page(results, picture, interactive)}
+             'report.html': study_page(results, picture, interactive), 'README.md': study_readme(results)}
     for name,content in files.items(): write_atomic(results.path/name, content)
     return {name: results.path/name for name in files}

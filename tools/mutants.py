@@ -105,6 +105,7 @@ belongs = {
     'study.rows':               _study,
     'study.cells':              _study,
     'study.folder':             _study,
+    'study.claims':             ['tests/test_claims.py'],
     'study.study':              _study,
     'study.presets':            _study,
     'study.definitions':        _study,

@@ -24,7 +24,8 @@ def interval(
     "Wilson's 95 % interval"
     z = 1.959964
     middle,half = p + z*z/(2*n),z*(p*(1-p)/n + z*z/(4*n*n))**.5
-    return max(0., (middle-half)/(1+z*z/n)),min(1., (middle+half)/(1+z*z/n))
+    low,high = ((middle+o)/(1+z*z/n) for o in (-half, half))
+    return max(0., min(p, low)),min(1., max(p, high))     # it holds p, whatever floats make of that
 
 # %% ../../nbs/evaluation/03_report.ipynb #821d176d
 @dataclass(frozen=True, repr=False)

@@ -41,14 +41,14 @@ def _study(args):
     for name,path in files.items(): print(f'{name:12} {path}')
 
 # %% ../nbs/02_cli.ipynb #0b1db3b4
-def _bits(text):
+def _bits_asked(text):
     "'8', or '1/8': of weights and of inputs"
     return tuple(map(int, text.split('/'))) if '/' in text else int(text)
 
 def _joint(text):
     "'0.5:8': a share of channels and bits"
     share,_,bits = text.partition(':')
-    return float(share),_bits(bits)
+    return float(share),_bits_asked(bits)
 
 _study_numbers = dict(
     epochs='epochs of a parent', fine_tune_epochs='epochs of each fine-tuning', bs='batch size',
@@ -69,7 +69,7 @@ def _add_study(commands):
     add('--preset', default='quick', help='quick (default), paper (the protocol of arXiv 2403.09441) or honest')
     add('--out', help='output folder; default: studies/NAME')
     add('--levels', type=float, nargs='*', help='shares of channels to prune, such as 0.5 0.9')
-    add('--bits', type=_bits, nargs='*', help='bits to quantize to, of 16 8 4 3 2 1; 1/8: 1 for weights, 8 for inputs')
+    add('--bits', type=_bits_asked, nargs='*', help='bits, of 16 8 4 3 2 1; 1/8: 1 for weights, 8 for inputs')
     add('--joint', type=_joint, nargs='*', metavar='SHARE:BITS', help='both, such as 0.5:8 0.9:4/8')
     add('--fine-tunings', nargs='+', help='of none, standard and adversarial')
     add('--parents', nargs='+', help='how parents are trained: standard, adversarial or both')

@@ -41,7 +41,8 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
     p = _cli('study', 'digits', '--out', killed, *options)
     text,_ = p.communicate()
     assert p.returncode==0 and 'report.html' in text
-    a,b = (pd.read_csv(o/'results.csv', dtype=str).drop(columns=['latency_ms', 'seconds', 'training_seconds']) for o in (whole, killed))
+    timed = ['latency_ms', 'seconds', 'training_seconds']
+    a,b = (pd.read_csv(o/'results.csv', dtype=str).drop(columns=timed) for o in (whole, killed))
     assert len(a)==12 and a.to_csv()==b.to_csv()
     assert len(list(killed.rglob('.*.part')))<=1     # what was being written when it was killed
 
@@ -223,7 +224,8 @@ def test_intervals_in_table_and_figure_lean_as_wilsons_do():
 
 def test_the_figure_says_that_stronger_attacks_followed():
     cell = dict(data='digits', seed=0, parent='standard', compression='none', level=0, label='none-0',
-                fine_tuning='standard', attack='PGD-20', eps=.1, params=1, macs=1, bytes=1, latency_ms=1., seconds=1., verdict='trusted')
+                fine_tuning='standard', attack='PGD-20', eps=.1, params=1, macs=1, bytes=1, latency_ms=1.,
+                seconds=1., verdict='trusted')
     for more,title in ((dict(escalated=True), 'PGD-20, escalated, eps'), ({}, 'PGD-20, eps')):
         row = completed(dict(cell, clean=.9, robust=.5, n=100) | more)
         assert title in plot_study(pd.DataFrame([row])).get_suptitle()

@@ -109,7 +109,7 @@ def _progress_bar(progress):
     shape = '{percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left {postfix}'
     return tqdm(total=1, leave=False, delay=3, disable=not progress, bar_format=shape)
 
-def _report(case, attacks, asked, findings, broken, left_out, **kwargs):
+def _as_report(case, attacks, asked, findings, broken, left_out, **kwargs):
     judge = case.judge
     after = {o.name: o.robust for o in judge.runs if o.fell or o.name in asked}
     examples = tuple((judge.x[i].cpu(), x_adv, judge.y[i].item(), predicted, judge.outcomes[i])
@@ -154,7 +154,7 @@ def evaluate(
         asked = _run(case, attacks, bar)
         found = go_on(case, budget) if escalate and len(case.x) else (inspect(case), False, ())
         curve = _sketch(case) if len(case.x) and not case.blind else {}
-    return _report(case, attacks, asked, *found, curve=curve, escalated=escalate, data=data, split=split,
+    return _as_report(case, attacks, asked, *found, curve=curve, escalated=escalate, data=data, split=split,
                    vocab=vocab and tuple(vocab), seconds=time.perf_counter()-start)
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #5434788a

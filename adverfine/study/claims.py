@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from fastcore.basics import patch
 from ..files import locked, write_atomic
 
 # %% ../../nbs/study/06_claims.ipynb #be52de56
@@ -29,16 +30,17 @@ def _place():
     return f"{socket.gethostname()} {_read('/proc/sys/kernel/random/boot_id').strip()} {namespace}"
 
 def _birth(pid):
-    "When a process of this machine was started; '' if it is not there, or if that cannot be known"
+    "When a process of this machine was started; [] if it is not there, or if that cannot be known"
     return _read(f'/proc/{pid}/stat').rpartition(')')[2].split()[19:20]
 
-def _runs(pid, birth):
+def _alive(pid, birth):
     "Is the process there, and the same?"
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except OSError: return True
     return _birth(pid)==birth
 
+# %% ../../nbs/study/06_claims.ipynb #6c2001f6
 class Claim:
     "A file that says who does something"
     def __init__(self,
@@ -56,7 +58,7 @@ class Claim:
 
     def dead(self, who) -> bool:
         "Is `who` gone?"
-        if who.get('place')==_place() and not _runs(who['pid'], who['birth']): return True
+        if who.get('place')==_place() and not _alive(who['pid'], who['birth']): return True
         clock = self.file.with_name(f'.{self.token}.clock')
         try:
             clock.touch()
@@ -64,27 +66,31 @@ class Claim:
         except FileNotFoundError: return False
         finally: clock.unlink(missing_ok=True)
 
-    def _make(self):
-        "Make the file, unless it is there"
-        said = dict(place=_place(), pid=os.getpid(), birth=_birth(os.getpid()), token=self.token)
-        try: fd = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError: return False
-        with os.fdopen(fd, 'w') as f: json.dump(said, f)
-        return True
+# %% ../../nbs/study/06_claims.ipynb #6c2001f8
+@patch
+def _make(self:Claim):
+    "Make the file, unless it is there"
+    said = dict(place=_place(), pid=os.getpid(), birth=_birth(os.getpid()), token=self.token)
+    try: fd = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError: return False
+    with os.fdopen(fd, 'w') as f: json.dump(said, f)
+    return True
 
-    def take(self) -> bool: # Is it ours now?
-        "Claim it, if nobody has, or nobody who lives"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.file.parent):
-            who = self.who()
-            if who is not None and self.dead(who): self.file.unlink(missing_ok=True)
-            self.mine = self._make()
-        return self.mine
+@patch
+def take(self:Claim) -> bool: # Is it ours now?
+    "Claim it, if nobody has, or nobody who lives"
+    self.file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(self.file.parent):
+        who = self.who()
+        if who is not None and self.dead(who): self.file.unlink(missing_ok=True)
+        self.mine = self._make()
+    return self.mine
 
-    def release(self):
-        "Let others have it"
-        if self.mine and (self.who() or {}).get('token')==self.token: self.file.unlink(missing_ok=True)
-        self.mine = False
+@patch
+def release(self:Claim):
+    "Let others have it"
+    if self.mine and (self.who() or {}).get('token')==self.token: self.file.unlink(missing_ok=True)
+    self.mine = False
 
 # %% ../../nbs/study/06_claims.ipynb #a424919b
 @contextmanager

@@ -155,5 +155,5 @@ def study_readme(
     left = f', {results.missing} still to be measured' if results.missing else ''
     return '\n\n'.join([f"# {df.data.iloc[0]}: {len(df)} cells{left}", '\n'.join(['Made by', '', *ran]),
         f"The cells took {df.seconds.sum()/3600:.1f} hours, one after the other. `results.csv` holds all columns, "
-        "`cells/` a file for each row, `parents/` the weights that they began with. The same command goes on from there.",
+        "`cells/` a file for each row, `parents/` the weights that they began with. `adverfine report` writes the page.",
         _markdown(accuracy_table(df)), in_words(results)]) + '\n'

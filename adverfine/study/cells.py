@@ -190,7 +190,7 @@ def measure(self:Setup,
     is_parent = cell.compression.kind==cell.tuning.how=='none'
     taken = time.perf_counter()-start + parent_seconds*is_parent
     example = self.dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)
-    row = said_of(cell, judge) | judged(report, sweep, judge.by_sweep) | asdict(cost(learn.model, example))
+    row = judged(report, sweep, judge.by_sweep) | said_of(cell, judge) | asdict(cost(learn.model, example))
     row |= dict(seconds=round(taken, 3), training_seconds=round(parent_seconds if is_parent else seconds, 3),
                 epochs=(cell.parent if is_parent else cell.training).epochs if seconds or is_parent else 0,
                 batch_size=self.dls.train.bs, bf16=self.bf16, device=machine_name(self.dls.device),

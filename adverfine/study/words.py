@@ -96,14 +96,15 @@ def tuning_in_words(
     rate = str(schedule).replace('_', '-')
     if isinstance(schedule, list) and len(schedule)==2:
         rate = f'times {_figure(schedule[1])} after epoch {_figure(schedule[0])}'
-
     said = [f"{o.get('epochs')} epochs with {dict(adam='Adam', sgd='SGD').get(o.get('optimizer'), o.get('optimizer'))}",
             f"learning rate {_figure(o.get('lr'))} ({rate})"]
     if o.get('attack'): said.append(f"against {attack_in_words(o['attack'])}")
     if o.get('objective'): said.append(f"with the objective {_kind(o['objective'])}")
     if o.get('average')!=0: said.append('averaging its weights')
     if o.get('warmup'): said.append('with a growing attack')
-    return f'{name}: ' + ', '.join([*said, *(v for k,v in _extras.items() if o.get(k))])
+    said += [v for k,v in _extras.items() if o.get(k)]
+    slowly = tuning_in_words('where channels go by and by', o['by_and_by']) if o.get('by_and_by') else ''
+    return f"{name}: {', '.join(said)}{' (' + slowly + ')' if slowly else ''}"
 
 def _training(protocol):
     "How parents were trained, and what fine-tuning is"
@@ -155,5 +156,5 @@ def study_readme(
     left = f', {results.missing} still to be measured' if results.missing else ''
     return '\n\n'.join([f"# {df.data.iloc[0]}: {len(df)} cells{left}", '\n'.join(['Made by', '', *ran]),
         f"The cells took {df.seconds.sum()/3600:.1f} hours, one after the other. `results.csv` holds all columns, "
-        "`cells/` a file for each row, `parents/` the weights that they began with. `adverfine report` writes the page.",
+        "`cells/` a file for each row, `parents/` the weights that they began with. `adverfine report` writes a page.",
         _markdown(accuracy_table(df)), in_words(results)]) + '\n'

@@ -43,7 +43,7 @@ def _classes_of(folder):
     classes = sorted(o.name for o in folder.iterdir() if o.is_dir() and o.name[0]!='.')
     if len(classes)<2:
         raise ValueError(f"{folder} holds {len(classes)} folders of images: two or more classes are needed, a folder "
-                         f"for each")
+                         "for each")
     return classes
 
 def _files_of(folder, classes):

@@ -60,7 +60,7 @@ def network_with(
     if not options: return name
     if name.startswith(('torchvision:', 'timm:')):
         raise ValueError(f"network {name!r} takes no options here ({', '.join(options)}): name a function of your own "
-                         f"that does")
+                         "that does")
     function = {o.__name__: o for o in (cnn8, resnet18_cifar)}.get(name) or named(name)
     odd = next((o for o in options if o not in signature(function).parameters), None)
     if odd:

@@ -45,8 +45,8 @@ class StudyFolder:
         if not self.file.exists(): return None
         found = loaded_json(self.file)
         if 'protocol' not in found:
-            raise ValueError(f"{self.path} holds a study of a version of adverfine before 0.1.0: name another output "
-                             f"folder")
+            raise ValueError(f"{self.path} holds a study of a version of adverfine before studies were values: "
+                             "name another output folder")
         return found['protocol']
 
     def claim(self,

@@ -33,7 +33,7 @@ def images_maker(
     if maker is None and ':' in str(images): maker = named(images)
     if maker is None:
         raise ValueError(f"images {str(images)!r} are unknown: use {', '.join(data_sets)}, an existing folder of "
-                         f"images, or package.module:function")
+                         "images, or package.module:function")
     if path is None: return maker
     if 'path' in getattr(maker, 'keywords',
                          {}) or maker is data_sets['digits'] or 'path' not in signature(maker).parameters:
@@ -69,7 +69,7 @@ def class_count(
     classes = getattr(dls, 'c', None) or len(getattr(dls, 'vocab', ()))
     if not isinstance(classes, int) or classes<2:
         raise ValueError(f"these DataLoaders have {classes} classes: a study needs images of two or more, as fastai's "
-                         f"`vocab` names them")
+                         "`vocab` names them")
     return classes
 
 # %% ../../nbs/study/02_inputs.ipynb #fe8a1978
@@ -131,8 +131,8 @@ def images_name(
     if isinstance(images, DataLoaders): return getattr(images.train.dataset, 'name', '') or 'own images'
     if callable(images): return getattr(getattr(images, 'func', images), '__name__', type(images).__name__)
     if images in data_sets: return images
-    return images.rpartition(':')[2] if isinstance(images,
-                                                   str) and not Path(images).exists() else Path(images).resolve().name
+    if not Path(images).exists(): return str(images).rpartition(':')[2]
+    return Path(images).resolve().name
 
 def images_described(
     images, # See the table above

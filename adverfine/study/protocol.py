@@ -83,10 +83,10 @@ def _check_tuning(tuning):
         raise ValueError(f"name={tuning.name!r} names a file: use letters and digits")
     if (tuning.how=='adversarial')!=(tuning.attack is not None):
         raise ValueError(f"how={tuning.name!r} and attack={tuning.attack}: adversarial training needs an attack, such "
-                         f"as PGD(8/255, steps=5), and nothing else takes one")
+                         "as PGD(8/255, steps=5), and nothing else takes one")
     if tuning.how!='adversarial' and (tuning.objective or tuning.teacher or tuning.warmup or tuning.watched):
         raise ValueError(f"how={tuning.name!r} takes no objective, teacher, warmup or watched: those are of "
-                         f"adversarial training")
+                         "adversarial training")
     if not (isinstance(tuning.epochs, int) and tuning.epochs>=1):
         raise ValueError(f"epochs={tuning.epochs} must be 1 or more")
     if not tuning.lr>0: raise ValueError(f"lr={tuning.lr} must be positive")
@@ -99,7 +99,7 @@ def _check_optimizer(tuning):
     stepped = isinstance(tuning.schedule, tuple) and len(tuning.schedule)==2
     if not stepped and tuning.schedule not in ('one_cycle', 'constant'):
         raise ValueError(f"schedule={tuning.schedule!r} is not offered: use 'one_cycle', 'constant', or (epoch, "
-                         f"factor)")
+                         "factor)")
     if not 0<=tuning.momentum<1 or tuning.wd<0:
         raise ValueError(f"momentum={tuning.momentum} must lie between 0 and 1, and wd={tuning.wd} be 0 or more")
 

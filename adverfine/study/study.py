@@ -39,7 +39,7 @@ def _distinct(what, values, kind, name):
     twice = next((o for o in names if names.count(o)>1), None)
     if twice:
         raise ValueError(f"{what} has two different ones that are called {twice!r}: give them names, as in "
-                         f"name='other'")
+                         "name='other'")
     return values
 
 # %% ../../nbs/study/07_study.ipynb #6c20000e

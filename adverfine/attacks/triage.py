@@ -177,7 +177,7 @@ class Triage(Attack):
     """Ever longer climbs for ever fewer images; its ideas are those of
     [arXiv 2203.05154](https://arxiv.org/abs/2203.05154) and [arXiv 2407.02240](https://arxiv.org/abs/2407.02240)"""
     norms = 'linf','l2'
-    queries = 100,200,400    # Of the search, which ends where it finds nothing
+    queries = 100,200,400,800    # Of the search, which ends where it finds nothing
 
     @property
     def passes(self):
@@ -194,7 +194,7 @@ class Triage(Attack):
         if everyone:
             for o in for_all: climbs.carry_out(o, generator)
         for queries in self.queries[everyone:]:
-            hopeful = climbs.hopeful(-torch.inf, 1.) if everyone else climbs.hopeful(-.8, min(.15*times, 1))
+            hopeful = climbs.hopeful(-torch.inf, min(400/queries, 1)) if everyone else climbs.hopeful(-.8, min(.15*times, 1))
             everyone = climbs.fall_in(climbs.search, hopeful, queries, generator)>0
             if not everyone: break
         best = climbs.points[climbs.progress.argmax(1),torch.arange(len(x), device=x.device)]

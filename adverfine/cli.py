@@ -1,4 +1,4 @@
-"""The command line: study, report, evaluate, compress, export and bench
+"""The command line: study, status, report, evaluate, compress, export and bench
 
 Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 
@@ -21,14 +21,19 @@ def _command(commands, run, about, **kwargs):
 def _asked_study(args):
     "The study that the options describe"
     from adverfine.study.definitions import study_of_words
-    said = {k: tuple(v) if isinstance(v, list) else v for k,v in vars(args).items() if k not in ('command', 'run')}
+    from adverfine.study.options import engine_options
+    others = 'command','run','engine',*engine_options
+    said = {k: tuple(v) if isinstance(v, list) else v for k,v in vars(args).items() if k not in others}
     return study_of_words(**{k: v for k,v in said.items() if v is not None})
 
 def _study(args):
     from adverfine.study.tables import accuracy_table
     from adverfine.study.page import write_report
+    from adverfine.study.engines import engine_named
+    from adverfine.study.options import engine_options
     study = _asked_study(args)
-    try: df = study.run()
+    engine = engine_named(args.engine, **{o: getattr(args, o) for o in engine_options})
+    try: df = study.run(engine=engine)
     except KeyboardInterrupt:
         print(f'\nStopped. {len(study.results())} of {len(study.cells())} cells are finished and kept in {study.out}; '
               'the same command goes on from there.', file=sys.stderr)
@@ -41,51 +46,26 @@ def _study(args):
     for name,path in files.items(): print(f'{name:12} {path}')
 
 # %% ../nbs/02_cli.ipynb #0b1db3b4
-def _bits_asked(text):
-    "'8', or '1/8': of weights and of inputs"
-    return tuple(map(int, text.split('/'))) if '/' in text else int(text)
-
-def _joint(text):
-    "'0.5:8': a share of channels and bits"
-    share,_,bits = text.partition(':')
-    return float(share),_bits_asked(bits)
-
-_study_numbers = dict(
-    epochs='epochs of a parent', fine_tune_epochs='epochs of each fine-tuning', bs='batch size',
-    lr="top of the parents' one-cycle learning rate", fine_tune_lr="top of the fine-tuning's",
-    eps='radius of the l-inf ball in pixels, such as 0.05', steps='PGD steps of the evaluation',
-    train_steps='PGD steps of adversarial training', n='judge only so many test images, drawn at random',
-    n_train='use only so many training images', n_test='use only so many test images',
-    budget='passes an image, at most, that going on with stronger attacks may take')
-
 def _add_study(commands):
+    from adverfine.study.options import add_study_options
     add = _command(commands, _study, 'train, compress, fine-tune, attack: table, figure and page', description=
         'Train a parent, prune and quantize it at several levels, fine-tune each normally and adversarially, measure. '
         'Options that are left out are up to the preset. What was interrupted goes on where it stopped.')
-    add('what', nargs='?', metavar='NAME', help='digits (minutes), fashion_mnist, cifar10, or a FILE.toml or FILE.py')
-    add('--data', metavar='FOLDER', help='images of your own, a folder for each class; or package.module:function')
-    add('--network', nargs='+', metavar='NAME', help='cnn8, resnet18_cifar (with width=16, say), torchvision:NAME, '
-        'timm:NAME or package.module:function')
-    add('--preset', default='quick', help='quick (default), paper (the protocol of arXiv 2403.09441) or honest')
-    add('--out', help='output folder; default: studies/NAME')
-    add('--levels', type=float, nargs='*', help='shares of channels to prune, such as 0.5 0.9')
-    add('--bits', type=_bits_asked, nargs='*', help='bits, of 16 8 4 3 2 1; 1/8: 1 for weights, 8 for inputs')
-    add('--joint', type=_joint, nargs='*', metavar='SHARE:BITS', help='both, such as 0.5:8 0.9:4/8')
-    add('--fine-tunings', nargs='+', help='of none, standard and adversarial')
-    add('--parents', nargs='+', help='how parents are trained: standard, adversarial or both')
-    add('--seeds', type=int, nargs='+', help='one parent each')
-    add('--path', help='folder of the data set')
-    for name,text in _study_numbers.items():
-        add(f"--{name.replace('_', '-')}", type=float if name in ('lr', 'fine_tune_lr', 'eps') else int, help=text)
-    add('--escalate', action=argparse.BooleanOptionalAction, help='go on with stronger attacks; default: yes')
-    add('--bf16', action=argparse.BooleanOptionalAction, help='use bfloat16; default: where that is faster here')
-    add('--download', action='store_const', const=True, help='let torchvision download the data set')
+    add_study_options(add)
 
 # %% ../nbs/02_cli.ipynb #a56acefe
 def _report(args):
     from adverfine.study.page import write_report
     for folder in args.folders:
         for name,path in write_report(folder).items(): print(f'{name:12} {path}')
+
+def _status(args):
+    from adverfine.study.status import study_status
+    for folder in args.folders: print(study_status(folder))
+
+def _add_status(commands):
+    add = _command(commands, _status, 'how a study stands: what is done, what runs where, what failed, time left')
+    add('folders', nargs='+', metavar='FOLDER', help='output folder of a study')
 
 def _add_report(commands):
     add = _command(commands, _report, 'write table, figure and page of a study again, from its folder')
@@ -238,7 +218,8 @@ def main(
     "Entry point of the command `adverfine`"
     parser = argparse.ArgumentParser('adverfine', description='Compress vision models and keep them robust.')
     commands = parser.add_subparsers(dest='command', required=True)
-    for add in (_add_study, _add_report, _add_evaluate, _add_compress, _add_export, _add_bench): add(commands)
+    for add in (_add_study, _add_status, _add_report, _add_evaluate, _add_compress, _add_export, _add_bench):
+        add(commands)
     args = parser.parse_args(argv)
     warnings.filterwarnings('ignore', category=FutureWarning)
     try: return args.run(args) or 0

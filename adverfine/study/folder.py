@@ -16,7 +16,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
 from fastcore.basics import patch
 from .. import __version__
-from ..files import locked, write_atomic
+from ..files import locked, with_patience, write_atomic
 from .names import disagreement
 from .protocol import Cell
 from .rows import as_table
@@ -108,7 +108,7 @@ class ParentFiles:
         "Store a parent, unless another process was faster: all go on with what is there"
         content = save(weights, metadata=dict(seconds=f'{seconds:.3f}'))
         with locked(self.path):
-            if not self.file(cell).exists(): write_atomic(self.file(cell), content)
+            if not self.file(cell).exists(): with_patience(write_atomic, self.file(cell), content)
 
     def load(self,
         cell:Cell, # Whose parent it is
@@ -133,7 +133,7 @@ class CellFiles:
     def keep(self,
         cell:Cell,
         row:dict, # What was measured
-    ): write_atomic(self.file(cell), json.dumps(row, indent=1))
+    ): with_patience(write_atomic, self.file(cell), json.dumps(row, indent=1))
 
     def table(self,
         cells:list, # Of `Cell`

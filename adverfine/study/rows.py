@@ -22,7 +22,7 @@ row_columns = '''
     escalated prune weight_bits input_bits label criterion cut rounding clean_seeds robust_seeds
     judged_clean judged_robust judged_n sweep sweep_clean sweep_robust sweep_n norm clamp attacks
     epochs training_seconds lr optimizer schedule train_attack objective teacher average warmup
-    network batch_size bf16 torch device'''.split()
+    network batch_size bf16 torch device threads'''.split()
 
 # %% ../../nbs/study/03_rows.ipynb #4e1f3e6a
 def completed(

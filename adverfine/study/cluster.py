@@ -8,7 +8,7 @@ Docs: https://adverfine.github.io/adverfine/study/cluster.html.md"""
 __all__ = ['Ray']
 
 # %% ../../nbs/study/09_cluster.ipynb #1d96bfa6
-import contextlib, logging, math, os, secrets, socket, time
+import contextlib, logging, math, os, secrets, socket, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -45,13 +45,29 @@ def _ray():
     except ImportError as e: raise ValueError("engine='ray' needs Ray: pip install adverfine[ray]") from e
     return ray
 
-def _check_address(address):
-    "Raise a `ValueError` unless somebody answers there"
-    host,_,port = address.removeprefix('ray://').rpartition(':')
-    if not host or not port.isdigit():
-        raise ValueError(f"address={address!r}: write it as host:port, such as 10.0.0.1:6379")
-    try: socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as e: raise ValueError(f"address={address!r}: nobody answers there ({e}): is the cluster up?") from e
+def _answers(host, port):
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5): return True
+    return False
+
+@contextlib.contextmanager
+def _loopback(ray, address):
+    "Where a cluster listens at 127.0.0.1 alone, keep Ray from looking for it at this machine's other address"
+    from ray._private import ray_constants
+    host,_,port = address.rpartition(':')
+    alone = host in ('127.0.0.1', 'localhost') and not _answers(ray.util.get_node_ip_address(), port)
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and not alone
+    try: yield dict(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER='0') if alone else {}     # the same, for another process
+    finally: ray_constants.ENABLE_RAY_CLUSTER = before
+
+def _check_address(address, env):
+    "Raise a `ValueError` unless a cluster answers there, within 20 seconds"
+    try:
+        if not _answers(*address.rsplit(':', 1)): raise OSError('nothing listens')
+        ask = [sys.executable, '-m', 'ray.scripts.scripts', 'health-check', '--address', address]
+        subprocess.run(ask, check=True, capture_output=True, timeout=14, env=os.environ|env)
+    except (OSError, subprocess.SubprocessError) as e:
+        raise ValueError(f"address={address!r}: no Ray cluster answers there ({e}): is it up?") from e
 
 def _check_machines(ray, out):
     "Raise a `ValueError` unless all machines see the folder, and have these versions"
@@ -86,6 +102,9 @@ class Ray:
     def __post_init__(self):
         for name in ('cpus', 'gpus', 'memory', 'retries'):
             if not getattr(self, name)>=(name=='cpus'): raise ValueError(f"{name}={getattr(self, name)} is too small")
+        host,_,port = (self.address or 'here:0').rpartition(':')
+        if not host or '/' in host or not port.isdigit():
+            raise ValueError(f"address={self.address!r}: write it as host:port, such as 10.0.0.1:6379")
         if self.address and self.workers:
             raise ValueError(f"workers={self.workers}: the cluster at {self.address} has its own")
 
@@ -101,10 +120,11 @@ def connected(self:Ray):
     "Ray, connected to the cluster for the length of a block"
     ray = _ray()
     mine = not ray.is_initialized()
-    if self.address and mine: _check_address(self.address)
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')      # nobody is told of this run
     here = {} if self.address else dict(num_cpus=self.workers, include_dashboard=False, _node_ip_address='127.0.0.1')
-    if mine: ray.init(self.address or 'local', log_to_driver=False, logging_level=logging.ERROR, **here)
+    with _loopback(ray, self.address or '') as env:
+        if self.address and mine: _check_address(self.address, env)
+        if mine: ray.init(self.address or 'local', log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
         for what,asked in dict(CPU=self.cpus, GPU=self.gpus, memory=self.memory*2**30).items():
             most = max(o['Resources'].get(what, 0) for o in ray.nodes() if o['Alive'])

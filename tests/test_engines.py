@@ -175,7 +175,7 @@ def test_an_address_without_an_answer_is_said_soon(tmp_path):
 
 def test_without_ray_its_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
-    with pytest.raises(ValueError, match=r'pip install adverfine\[ray\]'):
+    with pytest.raises(ImportError, match=r'adverfine\[ray\]'):
         study(tmp_path).run(progress=False, engine='ray')
 
 @pytest.mark.parametrize('line,why', [

@@ -106,6 +106,11 @@ belongs = {
     'study.cells':              _study,
     'study.folder':             _study,
     'study.claims':             ['tests/test_claims.py'],
+    'study.jobs':               ['tests/test_claims.py', 'tests/test_engines.py'],
+    'study.processes':          ['tests/test_engines.py'],
+    'study.cluster':            ['tests/test_engines.py'],
+    'study.engines':            ['tests/test_engines.py'],
+    'study.status':             ['tests/test_engines.py'],
     'study.study':              _study,
     'study.presets':            _study,
     'study.definitions':        _study,
@@ -115,6 +120,7 @@ belongs = {
     'study.markup':             _page,
     'study.page':               _study + _page,
     'study.comparison':         _page,
+    'study.options':            ['tests/test_engines.py', 'tests/test_cli.py'],
     'bench.data':               [],
     'bench.evaluation':         [],
     'bench.inference':          [],
@@ -125,6 +131,7 @@ belongs = {
     'bench.recipes':            [],
     'bench.speedrun':           [],
     'bench.adaptive':           [],
+    'bench.engines':            ['tests/test_engines.py'],
     'bench.menu':               ['tests/test_cli.py'],
     'cli':                      ['tests/test_study.py', 'tests/test_integration.py']}
 

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from .. import __version__
 from ..files import write_atomic
+from ..deployment.onnx import require
 from .claims import held
 
 # %% ../../nbs/study/09_cluster.ipynb #d90fed53
@@ -40,11 +41,6 @@ def _seen(probe):
     return dict(host=socket.gethostname(), adverfine=__version__, torch=torch.__version__, found=Path(probe).exists())
 
 # %% ../../nbs/study/09_cluster.ipynb #aecf7307
-def _ray():
-    try: import ray
-    except ImportError as e: raise ValueError("engine='ray' needs Ray: pip install adverfine[ray]") from e
-    return ray
-
 def _answers(host, port):
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5): return True
     return False
@@ -118,7 +114,8 @@ class Ray:
 @contextlib.contextmanager
 def connected(self:Ray):
     "Ray, connected to the cluster for the length of a block"
-    ray = _ray()
+    require('ray', extra='ray')
+    import ray
     mine = not ray.is_initialized()
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')      # nobody is told of this run
     here = {} if self.address else dict(num_cpus=self.workers, include_dashboard=False, _node_ip_address='127.0.0.1')

@@ -207,6 +207,6 @@ class Triage(Attack):
             climb(late)
             if climbs.astray: climb(for_all)
             searched = searched+search(-.8, .15*times, self.queries[1])
-        if searched[0]>0 or climbs.astray: search(-torch.inf, 1 if blind or climbs.astray else 2/3, self.queries[2])
+        if searched[0]>0 or climbs.astray: search(-torch.inf, 1 if blind or climbs.astray else .65, self.queries[2])
         best = climbs.points[climbs.progress.argmax(1),torch.arange(len(x), device=x.device)]
         return torch.where(climbs.up.view(-1, 1, 1, 1), best, climbs.out)

@@ -1,5 +1,5 @@
 "Engines of a study: the same figures as one run alone, whatever is killed, and what is refused before anything starts"
-import importlib.util, os, random, signal, socket, subprocess, sys, threading, time
+import importlib, importlib.util, os, random, signal, socket, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import pandas as pd, pytest
@@ -83,7 +83,7 @@ def test_a_recipe_that_fails_in_a_worker_stops_nothing_else(tmp_path, monkeypatc
     write_atomic(folder/'own_recipes.py', 'def broken(learn): raise RuntimeError("out of order")')
     monkeypatch.syspath_prepend(folder)
     from adverfine.study.protocol import FineTune
-    from own_recipes import broken
+    broken = importlib.import_module('own_recipes').broken
     small = dict(levels=(), bits=(), seeds=(0,), fine_tunings=['none', FineTune(broken)])
     with pytest.raises(StudyFailed, match='1 of 3 jobs failed, first standard-seed0-none-0-broken: RuntimeError'):
         study(tmp_path/'out', **small).run(progress=False, engine=Processes(1))

@@ -65,6 +65,7 @@ def _check_address(address, env):
     except (OSError, subprocess.SubprocessError) as e:
         raise ValueError(f"address={address!r}: no Ray cluster answers there ({e}): is it up?") from e
 
+# %% ../../nbs/study/09_cluster.ipynb #968a74c6
 def _check_machines(ray, out):
     "Raise a `ValueError` unless all machines see the folder, and have these versions"
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On

@@ -38,6 +38,7 @@ class StudyStatus:
             said.append(f'  running  {name}, on {where(who)} for {_duration(max(time.time()-who["since"], 0))}')
         return '\n'.join(said + [f'  failed   {name}: {why}' for name,why in self.failed.items()])
 
+# %% ../../nbs/study/11_status.ipynb #cc364a83
 def _pace(files):
     "Seconds between one finished cell and the next, of the last twenty; None of fewer than three"
     last = sorted(o.stat().st_mtime for o in files)[-20:]
@@ -58,4 +59,4 @@ def study_status(
     failed = {o.stem: (o.read_text().strip().splitlines() or [''])[-1] for o in failures if o.stem not in running}
     waiting = tuple(o for o in cells if o not in {*done, *running, *failed})
     pace = _pace([files[o] for o in done])
-    return StudyStatus(path, done, waiting, running, failed, pace and pace*(len(cells)-len(done)))
+    return StudyStatus(path, done, waiting, running, failed, pace and pace*(len(cells)-len(done)) or None)

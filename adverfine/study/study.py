@@ -221,6 +221,7 @@ def run(self:Study,
                           f"{self.out/'failures'}; the next run tries again)") from agenda.failed.get(name)
     return df
 
+# %% ../../nbs/study/12_study.ipynb #c4a2e537
 class _View:
     "A progress bar that says what is done, by whomever, what runs, and what failed"
     def __init__(self, bar, agenda): self.bar,self.agenda,self.seen = bar,agenda,-math.inf

@@ -33,7 +33,7 @@ def test_evaluate_goes_on_unless_told_not_to(saved, capsys):
     assert (short['escalated'], whole['escalated'], whole['data'], whole['split'])==(False, True, 'digits', 'test')
     assert whole['robust']<=short['left']['FGSM'] and sum(whole['passes'].values())>sum(short['passes'].values())
     assert whole['robust_ci'][0]<=whole['robust']<=whole['robust_ci'][1]
-    assert _evaluated(saved, capsys, f'{some} --budget 2000')['robust']==whole['robust']
+    assert _evaluated(saved, capsys, f'{some} --budget 3000')['robust']==whole['robust']
     assert main(['evaluate', f'{saved}/net', '--data', 'digits', '--eps', '0.1', '--budget', '9'])==2
     assert 'budget=9' in capsys.readouterr().err
 

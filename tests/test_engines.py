@@ -71,7 +71,8 @@ def test_processes_stop_with_the_one_that_started_them(tmp_path):
     command = [sys.executable, '-W', 'ignore', '-c', 'from adverfine.cli import main; raise SystemExit(main())',
                'study', 'digits', '--out', str(tmp_path), '--engine', 'processes', '--workers', '2', *options]
     for sign,status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # CI may ignore it
         pids = until(lambda: at_work(tmp_path))
         run.send_signal(sign)
         assert run.wait(30)==status
@@ -176,7 +177,8 @@ def test_an_address_without_an_answer_is_said_soon(tmp_path):
 def test_without_ray_its_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
     with pytest.raises(ImportError, match=r'adverfine\[ray\]'):
-        study(tmp_path).run(progress=False, engine='ray')
+        study(tmp_path/'out').run(progress=False, engine='ray')
+    assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('line,why', [
     ('--engine slurm', "engine 'slurm' is not offered: use one of serial, processes, ray"),

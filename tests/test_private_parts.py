@@ -12,7 +12,7 @@ from adverfine.data.images import GreyImage
 root = Path(__file__).resolve().parents[1]
 
 # The newest versions they were tried with; the oldest are the floors of settings.ini, which tools/floors installs
-newest = {'torch': '2.14.1', 'fastai': '2.8.12', 'fastcore': '2.2.39', 'torch-pruning': '1.6.1'}
+newest = {'torch': '2.14.1', 'fastai': '2.8.12', 'fastcore': '2.2.39', 'torch-pruning': '1.6.1', 'ray': '2.60.0'}
 
 # name, `._x` where the object is not an imported one -> what for, and why there is no public one
 private_parts = {
@@ -35,6 +35,8 @@ private_parts = {
         "puts integer kernels into the graph: only Inductor has it",
     'torch._inductor.compile_fx.compile_fx':
         "a program that can be called without guards: torch.compile gives guarded ones",
+    'ray._private.ray_constants': "a cluster that listens at 127.0.0.1 alone: Ray looks for it at the machine's other "
+                                  "address, and has a variable for that which it reads only while it is imported",
     'torch._inductor.config': "freezing has to hold for Dynamo too, which torch.compile(options=...) does not reach"}
 
 _loaders = 'import_module', 'find_spec', 'resolve_name'
@@ -188,6 +190,7 @@ def test_versions_that_they_were_tried_with(package):
     "What is installed is no older than the floor in settings.ini, from where on they were tried"
     cp = configparser.ConfigParser(delimiters=['='], interpolation=None)
     cp.read(root/'settings.ini')
-    needs = [Requirement(o.partition('#')[0]) for o in cp['DEFAULT']['requirements'].splitlines()]
+    lists = [v for k,v in cp['DEFAULT'].items() if k.endswith('requirements')]
+    needs = [Requirement(o.partition('#')[0]) for text in lists for o in text.splitlines()]
     floor = next(s.version for r in needs if r.name==package for s in r.specifier if s.operator=='>=')
     assert Version(newest[package])>=Version(floor) and Version(version(package))>=Version(floor)

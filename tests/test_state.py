@@ -46,7 +46,7 @@ def _facts(report):
     return (report.outcomes, report.robust_after, report.passes, report.findings, report.verdict, report.meaning,
             report.curve, examples)
 
-@pytest.mark.parametrize('kw', [dict(), dict(escalate=True, budget=2000), dict(thorough=True)],
+@pytest.mark.parametrize('kw', [dict(), dict(escalate=True, budget=3000), dict(thorough=True)],
                          ids=['plain', 'escalate', 'thorough'])
 def test_what_is_interrupted_again_and_again_comes_to_the_same(toy, tmp_path, kw):
     whole = _evaluate(toy, **kw)

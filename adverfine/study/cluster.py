@@ -112,16 +112,24 @@ class Ray:
 
 # %% ../../nbs/study/09_cluster.ipynb #5e95a4df
 @patch
+def check(self:Ray,
+    work=None, # See `carry_out`; not looked at here
+):
+    "Raise an error unless Ray is installed, and a cluster answers at the address"
+    require('ray', extra='ray')
+    import ray
+    if not self.address or ray.is_initialized(): return
+    with _loopback(ray, self.address) as env: _check_address(self.address, env)
+
+@patch
 @contextlib.contextmanager
 def connected(self:Ray):
     "Ray, connected to the cluster for the length of a block"
-    require('ray', extra='ray')
     import ray
     mine = not ray.is_initialized()
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')      # nobody is told of this run
     here = {} if self.address else dict(num_cpus=self.workers, include_dashboard=False, _node_ip_address='127.0.0.1')
-    with _loopback(ray, self.address or '') as env:
-        if self.address and mine: _check_address(self.address, env)
+    with _loopback(ray, self.address or ''):
         if mine: ray.init(self.address or 'local', log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
         for what,asked in dict(CPU=self.cpus, GPU=self.gpus, memory=self.memory*2**30).items():

@@ -20,6 +20,7 @@ class Serial:
     "One job after the other, in this process"
     @property
     def threads(self): return torch.get_num_threads()
+    def check(self, work): pass
 
 @patch
 def carry_out(self:Serial,

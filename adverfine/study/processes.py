@@ -19,7 +19,7 @@ from .claims import claims_in
 # %% ../../nbs/study/08_processes.ipynb #5d822cca
 def _end_with(parent):
     parent.join()
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 def _labour(sent, threads, gpu, pipe):
     "What a worker does"
@@ -92,6 +92,13 @@ class Processes:
 
 # %% ../../nbs/study/08_processes.ipynb #4188c8c3
 @patch
+def check(self:Processes,
+    work, # See `carry_out`
+):
+    "Raise a `ValueError` unless workers can be given this work"
+    _sent(work)
+
+@patch
 def carry_out(self:Processes,
     work, # Has a method `opened` that returns an `Agenda`; it is sent to workers
     agenda, # What it returned here
@@ -116,6 +123,7 @@ def carry_out(self:Processes,
         for o in staff: o.process.terminate()
         for o in staff: o.dismiss()
 
+# %% ../../nbs/study/08_processes.ipynb #a60b13ef
 def _mourn(worker, agenda, deaths):
     "Give up what has killed a worker three times"
     pid,status = worker.process.pid,worker.process.exitcode

@@ -203,7 +203,9 @@ def run(self:Study,
     engine='serial', # 'serial', 'processes' or 'ray'; or an engine with options, such as `Processes(4)`
 ) -> pd.DataFrame: # One row a cell; also in `results.csv` in the output folder
     "Measure every cell that is not there yet; call it again after an interruption and it goes on"
-    engine,dls = engine_named(engine),self.images()
+    engine = engine_named(engine)
+    engine.check(self.sent())
+    dls = self.images()
     setup = self.claim(dls, engine.threads)
     try:
         with tqdm(disable=not progress, smoothing=0, leave=False, bar_format=_bar_format,

@@ -72,9 +72,13 @@ def _check_machines(ray, out):
     probe = Path(out)/f'.probe-{secrets.token_hex(8)}'
     write_atomic(probe, '')
     look = ray.remote(num_cpus=0)(_seen)
+    def at(node):
+        try: return ray.get(node, timeout=60)
+        except ray.exceptions.TaskUnschedulableError: return None       # it has just gone
     try:
-        seen = ray.get([look.options(scheduling_strategy=On(o['NodeID'], soft=False)).remote(str(probe))
-                        for o in ray.nodes() if o['Alive']], timeout=60)
+        asked = [look.options(scheduling_strategy=On(o['NodeID'], soft=False)).remote(str(probe))
+                 for o in ray.nodes() if o['Alive']]
+        seen = [o for o in map(at, asked) if o]
     except ray.exceptions.RayError as e:
         raise ValueError(f"a machine of the cluster does not run adverfine: {e}") from e
     finally: probe.unlink(missing_ok=True)

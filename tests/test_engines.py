@@ -66,7 +66,7 @@ def test_processes_that_are_killed_lose_nothing(tmp_path, alone):
         while len(killed)<3:
             pid = until(lambda: at_work(tmp_path)-killed).pop()
             time.sleep(rng.uniform(0, 1))
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGTERM if len(killed)==1 else signal.SIGKILL)    # told to end, or killed
             killed.add(pid)
     with meanwhile(kill): study(tmp_path).run(progress=False, engine=Processes(2))
     assert len(killed)==3 and os.getpid() not in killed

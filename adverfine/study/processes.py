@@ -21,22 +21,22 @@ def _end_with(parent):
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
-def _labour(sent, threads, gpu, pipe):
+def _labour(work, threads, gpu, pipe):
     "What a worker does"
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C reaches it through the process that started it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128+signal.SIGTERM))
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     torch.set_num_threads(threads)
     if torch.cuda.is_available(): torch.cuda.set_device(gpu%torch.cuda.device_count())
-    try: agenda = pickle.loads(sent).opened()
+    try: agenda = work.opened()
     except Exception: return pipe.send(traceback.format_exc())
     pipe.send('')
     for job in agenda.claimed(): agenda.attempt(job)
 
 class _Worker:
-    def __init__(self, sent, threads, k):
+    def __init__(self, work, threads, k):
         self.pipe,theirs = multiprocessing.Pipe(duplex=False)
-        self.process = multiprocessing.get_context('spawn').Process(target=_labour, args=(sent, threads, k, theirs))
+        self.process = multiprocessing.get_context('spawn').Process(target=_labour, args=(work, threads, k, theirs))
         self.k,self.began = k,False
         self.process.start()
         theirs.close()
@@ -56,8 +56,8 @@ class _Worker:
         self.process.join()
 
 # %% ../../nbs/study/08_processes.ipynb #9ae3d91a
-def _sent(work):
-    "`work`, as workers can be given it"
+def _check_sendable(work):
+    "Raise a `ValueError` unless workers can be given `work`"
     try: sent = pickle.dumps(work)
     except Exception as e:
         raise ValueError(f"processes cannot be given this study ({e}): name images and network as a function of a "
@@ -65,7 +65,6 @@ def _sent(work):
     if b'__main__' in sent and not hasattr(sys.modules['__main__'], '__file__'):
         raise ValueError("processes cannot be given what was defined in this notebook: move the functions and "
                          "classes that the study uses into a module, and import them")
-    return sent
 
 # %% ../../nbs/study/08_processes.ipynb #0cb06149
 def cores() -> int:
@@ -96,7 +95,7 @@ def check(self:Processes,
     work, # See `carry_out`
 ):
     "Raise a `ValueError` unless workers can be given this work"
-    _sent(work)
+    _check_sendable(work)
 
 @patch
 def carry_out(self:Processes,
@@ -105,10 +104,10 @@ def carry_out(self:Processes,
     watch, # Called about every second
 ):
     "Do all that is left"
-    sent,deaths = _sent(work),Counter()
-    staff = []
+    self.check(work)
+    staff,deaths = [],Counter()
     try:
-        for k in range(min(self.staff, len(agenda.left()))): staff.append(_Worker(sent, self.threads, k))
+        for k in range(min(self.staff, len(agenda.left()))): staff.append(_Worker(work, self.threads, k))
         while staff:
             wait([o.process.sentinel for o in staff], timeout=1)
             watch()
@@ -118,7 +117,7 @@ def carry_out(self:Processes,
             for o in ended:
                 if o.process.exitcode==0: continue
                 _mourn(o, agenda, deaths)
-                if agenda.left(): staff.append(_Worker(sent, self.threads, o.k))
+                if agenda.left(): staff.append(_Worker(work, self.threads, o.k))
     finally:
         for o in staff: o.process.terminate()
         for o in staff: o.dismiss()
@@ -127,11 +126,11 @@ def carry_out(self:Processes,
 def _mourn(worker, agenda, deaths):
     "Give up what has killed a worker three times"
     pid,status = worker.process.pid,worker.process.exitcode
-    if not worker.began and status>0:
+    if not worker.began and status==1:
         raise ValueError(f"a worker ended with status {status} before it began: a script that runs a study needs "
                          "if __name__ == '__main__': around that")
     had = [k for k,who in claims_in(agenda.out/'claims').items() if who['pid']==pid]
-    deaths.update(had or [''])
+    deaths.update(had if worker.began else [''])
     if deaths['']>=10: raise RuntimeError(f"workers ended {deaths['']} times before they did anything, last with "
                                           f"status {status}: is there memory enough?")
     for name in had:

@@ -34,6 +34,7 @@ from .deployment.checkpoint import compressed_info, load_compressed
 from .deployment.integer import integer_network
 from .deployment.onnx import OnnxNetwork, to_onnx, write_onnx
 from .deployment.lowered import lower
+from .deployment.hub import from_hub
 from .training.acceleration import BF16, Compile
 from .training.objectives import MART, RSLAD, TRADES, Madry, Objective
 from .training.adversarial import AdversarialTraining

@@ -1,4 +1,4 @@
-"""The command line: study, status, report, evaluate, compress, export and bench
+"""The command line: study, status, report, compare, evaluate, compress, export, push, pull and bench
 
 Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 
@@ -7,219 +7,29 @@ Docs: https://adverfine.github.io/adverfine/cli.html.md"""
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/02_cli.ipynb #030f9b69
-import argparse, json, sys, warnings
+# %% ../nbs/02_cli.ipynb #a1f31de0
+import argparse, sys, warnings
+from importlib.metadata import version
+from platform import python_version
+from . import __version__
+from .commands.studies import study_commands
+from .commands.networks import network_commands
+from .commands.sharing import sharing_commands
+from .commands.benches import bench_commands
 
-# %% ../nbs/02_cli.ipynb #dc6d41ad
-def _command(commands, run, about, **kwargs):
-    "Add the command that `run` carries out; what is returned adds its options"
-    parser = commands.add_parser(run.__name__.strip('_'), help=about, **kwargs)
-    parser.set_defaults(run=run)
-    return parser.add_argument
+# %% ../nbs/02_cli.ipynb #34ff074b
+def _versions():
+    "What an issue should say"
+    return f"adverfine {__version__}, torch {version('torch')}, fastai {version('fastai')}, Python {python_version()}"
 
-# %% ../nbs/02_cli.ipynb #26d22e21
-def _asked_study(args):
-    "The study that the options describe"
-    from adverfine.study.definitions import study_of_words
-    from adverfine.study.options import engine_options
-    others = 'command','run','engine',*engine_options
-    said = {k: tuple(v) if isinstance(v, list) else v for k,v in vars(args).items() if k not in others}
-    return study_of_words(**{k: v for k,v in said.items() if v is not None})
-
-def _study(args):
-    from adverfine.study.tables import accuracy_table
-    from adverfine.study.page import write_report
-    from adverfine.study.engines import engine_named
-    from adverfine.study.options import engine_options
-    study = _asked_study(args)
-    engine = engine_named(args.engine, **{o: getattr(args, o) for o in engine_options})
-    try: df = study.run(engine=engine)
-    except KeyboardInterrupt:
-        print(f'\nStopped. {len(study.results())} of {len(study.cells())} cells are finished and kept in {study.out}; '
-              'the same command goes on from there.', file=sys.stderr)
-        return 130
-    files = write_report(study)
-    print('Clean / robust accuracy in percent, by fine-tuning\n')
-    print(accuracy_table(df).to_string(index=False))
-    print(f"\n{df.attack[0]}{', escalated'*study.judge.escalates_figure}, {study.judge.threat}, {df.n[0]} test images. "
-          "Robust: right clean and attacked; [95 % interval]; ≤ where it is an upper bound.")
-    for name,path in files.items(): print(f'{name:12} {path}')
-
-# %% ../nbs/02_cli.ipynb #0b1db3b4
-def _add_study(commands):
-    from adverfine.study.options import add_study_options
-    add = _command(commands, _study, 'train, compress, fine-tune, attack: table, figure and page', description=
-        'Train a parent, prune and quantize it at several levels, fine-tune each normally and adversarially, measure. '
-        'Options that are left out are up to the preset. What was interrupted goes on where it stopped.')
-    add_study_options(add)
-
-# %% ../nbs/02_cli.ipynb #a56acefe
-def _report(args):
-    from adverfine.study.page import write_report
-    for folder in args.folders:
-        for name,path in write_report(folder).items(): print(f'{name:12} {path}')
-
-def _status(args):
-    from adverfine.study.status import study_status
-    for folder in args.folders: print(study_status(folder))
-
-def _add_status(commands):
-    add = _command(commands, _status, 'how a study stands: what is done, what runs where, what failed, time left')
-    add('folders', nargs='+', metavar='FOLDER', help='output folder of a study')
-
-def _add_report(commands):
-    add = _command(commands, _report, 'write table, figure and page of a study again, from its folder')
-    add('folders', nargs='+', metavar='FOLDER', help='output folder of a study')
-
-# %% ../nbs/02_cli.ipynb #cf9946cb
-def _data(args):
-    "The function that makes the DataLoaders that were named"
-    from adverfine.study.inputs import images_maker
-    return images_maker(args.data, args.path)
-
-def _check_shape(shape, args, made_for):
-    if shape!=made_for:
-        raise ValueError(f"{args.model} is for images of shape {made_for}, and those of {args.data} have {shape}: "
-                         "name the data set that it was trained on")
-
-_attacks = dict(autoattack=('AutoAttack', {}), fast=('AutoAttack', dict(version='fast')),
-                adaptive=('AutoAttack', dict(version='adaptive')), apgd=('APGD', {}),
-                apgd_dlr=('APGD', dict(loss='dlr')), fab=('FAB', {}), fmn=('FMN', {}), square=('Square', {}),
-                pgd=('PGD', dict(steps=20)), pgd50=('PGD', dict(steps=50)), fgsm=('FGSM', {}))
-
-def _attack(name, eps, norm):
-    from importlib import import_module
-    kind,options = _attacks[name]
-    module = import_module(f"adverfine.attacks.{'gradient' if kind in ('PGD', 'FGSM') else kind.lower()}")
-    return getattr(module, kind)(eps, norm=norm, **options)
-
-# %% ../nbs/02_cli.ipynb #8d9be56f
-def _evaluate(args):
-    unknown = [o for o in args.attack if o not in _attacks]
-    if unknown: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
-    from fastai.learner import Learner
-    from torch.nn import CrossEntropyLoss
-    from adverfine.files import write_atomic
-    from adverfine.evaluation.report import robustness_page
-    from adverfine.deployment.checkpoint import compressed_info, load_compressed
-    from adverfine.deployment.onnx import OnnxNetwork
-    import adverfine.evaluation.robustness  # noqa: F401 Learner.robustness
-    make_dls = _data(args)
-    chosen = [_attack(o, args.eps, args.norm) for o in args.attack]
-    made_for = tuple(compressed_info(args.model)['input_shape'])
-    learn = Learner(make_dls(), load_compressed(args.model), loss_func=CrossEntropyLoss())
-    _check_shape(tuple(learn.dls.valid.one_batch()[0].shape[1:]), args, made_for)
-    options = {k: getattr(args, k) for k in 'n seed escalate budget state thorough'.split()}
-    result = learn.robustness(chosen, deployed=OnnxNetwork(args.onnx) if args.onnx else None, **options,
-                              parent=args.parent and load_compressed(args.parent), progress=sys.stderr.isatty())
-    if args.html: write_atomic(args.html, robustness_page(result, args.model))
-    print(result.to_json() if args.json else result)
-
-# %% ../nbs/02_cli.ipynb #04952e97
-def _add_escalate(add):
-    add('--escalate', action=argparse.BooleanOptionalAction, default=True, help='go on until none finds more (default)')
-    add('--budget', type=int, default=20_000, help='passes for an image that this may take; default: 20000')
-
-def _add_evaluate(commands):
-    add = _command(commands, _evaluate, 'attack a saved network: clean and robust accuracy, and whether to trust them')
-    add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
-    add('--data', required=True, metavar='NAME', help='digits, fashion_mnist, cifar10 or a folder of images')
-    add('--attack', nargs='+', default=['autoattack'], metavar='NAME', help=f"{', '.join(_attacks)}; default: first")
-    add('--eps', type=float, required=True, help='radius of the ball in pixels, such as 0.05; in l0 a number of pixels')
-    add('--norm', default='linf', help='linf, l2, l1 or l0')
-    add('--n', type=int, help='only so many test images, drawn at random')
-    add('--seed', type=int, default=0, help="of that draw and of the attacks' random starts")
-    add('--onnx', metavar='FILE', help='score on this file instead, which adverfine export has made of the network')
-    _add_escalate(add)
-    add('--state', metavar='FOLDER', help='write down what is known, and go on from there after an interruption')
-    add('--parent', metavar='MODEL_DIR', help='folder of the network before compression, to make images on as well')
-    add('--thorough', action='store_true', help='run all guards, on all images')
-    add('--path', help='folder of the data set')
-    add('--json', action='store_true', help='print JSON')
-    add('--html', metavar='FILE', help='write a page as well')
-
-# %% ../nbs/02_cli.ipynb #69fb9c6a
-def _compress(args):
-    from adverfine.training.recipes import compress
-    from adverfine.study.presets import defaults_for
-    dls = _data(args)
-    eps = defaults_for(args.data, eps=args.eps)['eps']
-    out = args.out or f'{args.model.rstrip("/")}-compressed'
-    bits = args.bits and (args.bits[0] if len(args.bits)==1 else tuple(args.bits))
-    report = compress(args.model, out, dls, args.prune, bits, args.epochs, eps, args.adversarial, args.lr,
-                      seed=args.seed, progress=sys.stderr.isatty(), escalate=args.escalate, budget=args.budget)
-    print(report, out, sep='\n\n')
-
-def _add_compress(commands):
-    add = _command(commands, _compress, 'prune, quantize and fine-tune a saved network, measure it and save it again')
-    add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
-    add('--out', help='folder for the smaller network; default: MODEL_DIR-compressed')
-    add('--data', required=True, metavar='NAME', help='digits, fashion_mnist, cifar10 or a folder of images')
-    add('--prune', type=float, metavar='LEVEL', help='share of the channels to remove, such as 0.5')
-    add('--bits', type=int, nargs='+', help='to quantize to, of 16 8 4 3 2 1; two numbers: for weights and for inputs')
-    add('--epochs', type=int, default=3, help='of fine-tuning; default: 3')
-    add('--adversarial', action='store_true', help='fine-tune on adversarial images')
-    add('--eps', type=float, help="radius of the l-inf ball in pixels; default: that of the data set's study")
-    add('--lr', type=float, default=3e-3, help='top of the one-cycle learning rate; default: 0.003')
-    add('--seed', type=int, default=0)
-    _add_escalate(add)
-    add('--path', help='folder of the data set')
-
-# %% ../nbs/02_cli.ipynb #78a12c9c
-def _export(args):
-    import torch
-    from adverfine.data.pixels import pixels
-    from adverfine.deployment.checkpoint import compressed_info, load_compressed
-    from adverfine.deployment.onnx import write_onnx
-    shape = tuple(compressed_info(args.model)['input_shape'])
-    if args.data: x = pixels(_data(args)().valid)[0][:1000]
-    else: x = torch.rand(1000, *shape, generator=torch.Generator().manual_seed(0))
-    _check_shape(tuple(x.shape[1:]), args, shape)
-    print(write_onnx(load_compressed(args.model), args.onnx, x))
-
-def _add_export(commands):
-    add = _command(commands, _export, 'write a saved network as ONNX, integers if it is quantized, once the two agree')
-    add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
-    add('--onnx', required=True, metavar='FILE', help='file to write')
-    add('--data', metavar='NAME', help='compare on validation images of this set; default: on random images')
-    add('--path', help='folder of the data set')
-
-# %% ../nbs/02_cli.ipynb #f43db9cc
-def _bench(args):
-    import pandas as pd
-    from adverfine.bench.menu import measure
-    result = measure(args.what, **{o: getattr(args, o) for o in _bench_options})
-    if args.json: return print(json.dumps(result))
-    for k,v in result.items():
-        if k!='parts': print(f'{k:20} {v}')
-    if 'parts' in result: print('\n' + pd.DataFrame(result['parts']).to_string(index=False))
-
-_bench_options = 'n','rounds','network','seconds','seed','data','cifar10','out','path'
-
-def _add_bench(commands):
-    from adverfine.bench.menu import benchmarks
-    add = _command(commands, _bench, 'measure speed on this machine')
-    add('what', choices=list(benchmarks), help='; '.join(f'{k}: {text}' for k,text in benchmarks.items()))
-    add('--n', type=int, help='images; default: 1000, but 256 for targeted and 2000 for speedrun')
-    add('--rounds', type=int, default=3, help='turns that each contestant of training takes; default: 3')
-    add('--network', default='cnn8', help='of training: cnn8 (default) or resnet18')
-    add('--seconds', type=float, default=60, help='that each fine-tuning of recipes takes; default: 60')
-    add('--seed', type=int, default=0, help='of bits')
-    add('--data', default='fashion_mnist', help='of speedrun: fashion_mnist or cifar10')
-    add('--cifar10', help='folder of CIFAR-10, for adaptive and speedrun')
-    add('--out', help='folder for results, from which those that take hours go on; default: studies/NAME')
-    add('--path', help='folder of the data set')
-    add('--json', action='store_true', help='print JSON')
-
-# %% ../nbs/02_cli.ipynb #f1a5c146
 def main(
     argv=None, # Arguments; default: the command line's
 ) -> int: # Exit status: 0, 2 for a mistake in the arguments, missing data or a full disk, 130 for Ctrl-C
     "Entry point of the command `adverfine`"
     parser = argparse.ArgumentParser('adverfine', description='Compress vision models and keep them robust.')
+    parser.add_argument('--version', action='version', version=_versions())
     commands = parser.add_subparsers(dest='command', required=True)
-    for add in (_add_study, _add_status, _add_report, _add_evaluate, _add_compress, _add_export, _add_bench):
-        add(commands)
+    for add in (*study_commands, *network_commands, *sharing_commands, *bench_commands): add(commands)
     args = parser.parse_args(argv)
     warnings.filterwarnings('ignore', category=FutureWarning)
     try: return args.run(args) or 0

@@ -15,6 +15,7 @@ from adverfine.attacks.saturated import PGDPlusPlus
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.fab import FAB
 from adverfine.attacks.fmn import FMN
+from adverfine.attacks.autoattack import AutoAttack
 from adverfine.attacks.scoring import score
 from adverfine.attacks.standing import Standing
 from adverfine.evaluation.robustness import evaluate
@@ -218,3 +219,13 @@ def test_rows_of_an_image_leave_together():
     assert s.up.tolist()==[False, True, False, True] and s.compact() and len(s.x)==2
     made = s.finish(s.x)
     assert torch.equal(made, torch.stack([x[0], x[1], 0*x[2], x[3]]))
+
+@pytest.mark.parametrize('classes', (2, 3, 5))
+def test_the_adaptive_version_attacks_networks_of_few_classes(classes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes)).eval()
+    x = torch.rand(40, 1, 8, 8)
+    y = model(x).argmax(1)
+    def stand(attack): return (model(attack(model, x, y)).argmax(1)==y).sum().item()
+    eps = .02
+    assert 0<stand(AutoAttack(eps, version='adaptive'))<=stand(PGD(eps, steps=20))<40

@@ -1,5 +1,5 @@
 "What is committed in results/ can be made again, and is what the pages say"
-import json
+import json, re, sys
 from pathlib import Path
 import pandas as pd, pytest
 from adverfine.study.folder import CellFiles, ParentFiles, read_study
@@ -35,3 +35,30 @@ def test_a_committed_cell_comes_out_again():
     row = setup.measure(cell, *ParentFiles(folder/'parents').load(cell))
     for what in ('clean', 'robust'): assert kept[f'{what}_low']<=row[what]<=kept[f'{what}_high']
     assert (row['macs'], row['bytes'], row['n'])==(kept['macs'], kept['bytes'], kept['n'])
+
+sys.path.insert(0, str(results.parent/'tools'))
+from measured import marked, with_numbers
+
+nbs = results.parent/'nbs'
+prose = [nbs/'index.ipynb', *sorted((nbs/'tutorials').glob('*.ipynb'))]
+
+def measured_numbers(text):
+    "What looks like a measurement in Markdown, without code, addresses and what stands between marks"
+    text = re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+', ' ', marked.sub(' ', text), flags=re.S)
+    return re.findall(r'(?<![\w.])\d*\.?\d+ ?(?:%|times\b|points\b|ms\b)|(?<![\w./])0?\.\d\d+', text)
+
+by_definition = {'95 %'}    # of intervals
+
+@pytest.mark.parametrize('page', prose, ids=lambda o: o.stem)
+def test_numbers_in_prose_have_a_source(page):
+    cells = json.loads(page.read_text())['cells']
+    found = [o for c in cells if c['cell_type']=='markdown' for o in measured_numbers(''.join(c['source']))]
+    assert not [o for o in found if o not in by_definition], 'mark them, see tools/measured.py, or let a cell print them'
+
+def test_a_number_that_is_changed_by_hand_is_noticed():
+    text = 'Robust: <!--=cell digits prune-0.5 adversarial robust-->99.9 %<!--/-->.'
+    half = pd.read_csv(results/'digits/results.csv').query("label=='prune-0.5' and fine_tuning=='adversarial'")
+    assert with_numbers(text)==text.replace('99.9', f'{100*half.robust.item():.1f}')
+    assert measured_numbers('It is 2.6 times as fast, and leaves .815, or 81.5 %.')==['2.6 times', '.815', '81.5 %']
+    assert not measured_numbers(text + ' eps is 8/255, `eps=.05` of [this](a.b/99 %).')
+    with pytest.raises(ValueError, match='has no cell'): with_numbers(text.replace('prune-0.5', 'prune-0.55'))

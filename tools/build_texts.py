@@ -1,16 +1,20 @@
-"""Texts that are made from others: README.md from nbs/index.ipynb, the sidebar and llms.txt from nbs/wings.toml.
+"""Texts that are made from others: README.md from nbs/index.ipynb, the sidebar and llms.txt from nbs/wings.toml, and
+numbers in pages from results/ (see measured.py).
 
     python tools/build_texts.py            # writes them
     python tools/build_texts.py --check    # exits 1 if one would change
 """
 import json, re, sys, tomllib
 from pathlib import Path
+from measured import marked, with_numbers
 
 root = Path(__file__).resolve().parents[1]
 nbs = root/'nbs'
 wings = tomllib.loads((nbs/'wings.toml').read_text(encoding='utf-8'))
 
 def read(path): return path.read_text(encoding='utf-8')
+
+site = re.search(r'doc_url = (\S+)', read(root/'settings.ini'))[1]
 
 def pages(wing):
     "Module and notebook of each room of `wing`: (attacks.apgd, attacks/07_apgd.ipynb)"
@@ -31,10 +35,16 @@ def cell_text(cell):
     texts += [''.join(o['text/plain']) for o in shown if 'text/plain' in o and 'image/png' not in o]
     return [f'```python\n{source}\n```', *('\n'.join(f'    {l}' for l in t.rstrip().splitlines()) for t in texts)]
 
+def site_link(m):
+    "Pages lead to the site and pictures to the repository, so that the text reads well wherever it stands"
+    if not m[1].endswith('.ipynb'): return f'](https://raw.githubusercontent.com/adverfine/adverfine/main/nbs/{m[1]})'
+    return f"]({site}{re.sub('[0-9]+_(?=[^/]+$)', '', m[1]).replace('.ipynb', '.html')})"
+
 def readme():
-    "The index as Markdown, its paths taken relative to the top"
-    text = '\n\n'.join(o for c in json.loads(read(nbs/'index.ipynb'))['cells'] for o in cell_text(c)) + '\n'
-    text = re.sub(r'\]\((?!https?:|#)([^)]+)\)', r'](nbs/\1)', text)
+    "The index as Markdown, with absolute links"
+    cells = json.loads(marked.sub(r'\3', with_numbers(read(nbs/'index.ipynb'))))['cells']
+    text = '\n\n'.join(o for c in cells for o in cell_text(c)) + '\n'
+    text = re.sub(r'\]\((?!https?:|#)([^)]+)\)', site_link, text)
     return '<!-- Made from nbs/index.ipynb by tools/build_texts.py: edit there -->\n\n' + text
 
 # --- sidebar
@@ -58,7 +68,6 @@ def summary(notebook):
 
 def llms_txt():
     "The index in short, and a line for each module"
-    site = re.search(r'doc_url = (\S+)', read(root/'settings.ini'))[1]
     cells = [''.join(c['source']) for c in json.loads(read(nbs/'index.ipynb'))['cells']]
     what = re.search(r'^> (.*)', cells[0], re.M)[1]
     example = '\n'.join(next(c for c in cells if o in c) for o in ('from adverfine.all import *', 'learn.robustness('))
@@ -78,6 +87,8 @@ def llms_txt():
 if __name__ == '__main__':
     made = {root/'_quarto.yml': quarto_yml(), root/'README.md': readme(), root/'llms.txt': llms_txt()}
     made[nbs/'_quarto.yml'] = made[root/'_quarto.yml']
+    made |= {p: with_numbers(read(p)) for p in nbs.rglob('*.ipynb')
+             if not any(o[0] in '._' for o in p.relative_to(nbs).parts)}
     changed = [p for p,text in made.items() if not p.exists() or read(p)!=text]
     if '--check' in sys.argv and changed:
         sys.exit(f"{', '.join(str(p.relative_to(root)) for p in changed)}: run python tools/build_texts.py")

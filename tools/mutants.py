@@ -88,6 +88,7 @@ belongs = {
     'deployment.integer':       _deployment,
     'deployment.onnx':          _deployment,
     'deployment.lowered':       _deployment,
+    'deployment.hub':           ['tests/test_hub.py'],
     'training.acceleration':    _training,
     'training.objectives':      ['tests/test_objectives.py'],
     'training.adversarial':     [*_training, 'tests/test_composition.py'],
@@ -133,6 +134,11 @@ belongs = {
     'bench.adaptive':           [],
     'bench.engines':            ['tests/test_engines.py'],
     'bench.menu':               ['tests/test_cli.py'],
+    'commands.command':         ['tests/test_cli.py'],
+    'commands.studies':         ['tests/test_cli.py', 'tests/test_study.py'],
+    'commands.networks':        ['tests/test_cli.py', 'tests/test_integration.py'],
+    'commands.sharing':         ['tests/test_hub.py'],
+    'commands.benches':         ['tests/test_cli.py'],
     'cli':                      ['tests/test_study.py', 'tests/test_integration.py']}
 
 def path_of(module): return Path('adverfine', *module.split('.')).with_suffix('.py')

@@ -166,7 +166,7 @@ def carry_out(self:_Climbs, o:Round, generator, times=1):
     "Climb all pairs of the round, a batch of them at a time; of so many `times` its share of images"
     i = self.hopeful(o.above, min(times*o.share, 1))
     by_promise = self.nearest if o.by=='gradient' else self.progress.argsort(1, descending=True)
-    ranks = torch.arange(o.ranks[0], min(o.ranks[1], by_promise.shape[1]), device=i.device)
+    ranks = torch.arange(by_promise.shape[1], device=i.device)[slice(*o.ranks)]    # none, where classes are few
     if not len(i) or not len(ranks): return
     n = len(self.x)
     for images,rank in zip(i.repeat(len(ranks)).split(n), ranks.repeat_interleave(len(i)).split(n)):

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from ..attacks.autoattack import AutoAttack
 from ..attacks.gradient import NFGSM, PGD
+from ..training.recipes import by_and_by_from
 from .protocol import Compression, FineTune, Judge, tunings
 from .study import Study
 
@@ -42,7 +43,7 @@ def compressions_of(
     levels=(), # Shares of channels to remove
     bits=(), # Bits to quantize to; a pair such as (1, 8): of weights and of inputs
     joint=(), # Pairs of a share and of bits
-    by_and_by_from:float=.8, # Share from which on channels go by and by
+    by_and_by_from:float=by_and_by_from, # Share from which on channels go by and by
 ) -> list: # Of `Compression`
     "Pruned, quantized, and pruned and quantized"
     for o in joint:

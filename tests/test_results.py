@@ -53,11 +53,12 @@ by_definition = {'95 %'}    # of intervals
 def test_numbers_in_prose_have_a_source(page):
     cells = json.loads(page.read_text())['cells']
     found = [o for c in cells if c['cell_type']=='markdown' for o in measured_numbers(''.join(c['source']))]
-    assert not [o for o in found if o not in by_definition], 'mark them, see tools/measured.py, or let a cell print them'
+    assert not set(found)-by_definition, 'mark them, see tools/measured.py, or let a cell print them'
 
 def test_a_number_that_is_changed_by_hand_is_noticed():
     text = 'Robust: <!--=cell digits prune-0.5 adversarial robust-->99.9 %<!--/-->.'
-    half = pd.read_csv(results/'digits/results.csv').query("label=='prune-0.5' and fine_tuning=='adversarial'")
+    rows = pd.read_csv(results/'digits/results.csv')
+    half = rows[(rows.label=='prune-0.5') & (rows.fine_tuning=='adversarial')]
     assert with_numbers(text)==text.replace('99.9', f'{100*half.robust.item():.1f}')
     assert measured_numbers('It is 2.6 times as fast, and leaves .815, or 81.5 %.')==['2.6 times', '.815', '81.5 %']
     assert not measured_numbers(text + ' eps is 8/255, `eps=.05` of [this](a.b/99 %).')

@@ -31,7 +31,7 @@ def cell_text(cell):
     if cell['cell_type']=='markdown': return [source]
     if re.match(r'#\|\s*hide', source): return []
     texts = [''.join(o['text']) for o in cell['outputs'] if o.get('name')=='stdout']
-    shown = [o['data'] for o in cell['outputs'] if 'data' in o]
+    shown = [o['data'] for o in cell['outputs'] if o['output_type']=='execute_result']
     texts += [''.join(o['text/plain']) for o in shown if 'text/plain' in o and 'image/png' not in o]
     return [f'```python\n{source}\n```', *('\n'.join(f'    {l}' for l in t.rstrip().splitlines()) for t in texts)]
 

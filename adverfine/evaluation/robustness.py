@@ -158,6 +158,12 @@ def evaluate(
                    vocab=vocab and tuple(vocab), seconds=time.perf_counter()-start)
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #5434788a
+def _origin(dl, dls):
+    "Names of the data set and of the part of it; fastai's own answer to any name with a list"
+    name = getattr(dl.dataset, 'name', '')
+    parts = zip(('train', 'valid', 'test'), dls.loaders)
+    return dict(data=name if isinstance(name, str) else '', split=next((k for k,o in parts if o is dl), ''))
+
 @patch
 def robustness(self:Learner,
     attacks, # One `Attack` or several, all under one threat model
@@ -176,8 +182,7 @@ def robustness(self:Learner,
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
     space = pixel_space(dl)
     model = space.wrap(self.model)
-    parts = zip(('train', 'valid', 'test'), self.dls.loaders)
-    kwargs = dict(split=next((name for name,o in parts if o is dl), ''), data=getattr(dl.dataset, 'name', '')) | kwargs
+    kwargs = _origin(dl, self.dls) | kwargs
     if deployed is not None:
         if not any(isinstance(p, Square) for a in attacks for p in a.parts):
             attacks = _in_order([*attacks, Square(attacks[0].eps, norm=attacks[0].norm)])

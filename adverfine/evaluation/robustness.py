@@ -86,7 +86,8 @@ def _judge(model, x, y, bs, seed, bf16, bar, folder):
     "The judge of an evaluation, who knows what its folder knows"
     def told(judge):
         bar.total = max(bar.total, bar.n)
-        bar.set_postfix_str(f'{judge.stands.sum()} of {len(x)} images standing', refresh=False)
+        said = f'{judge.stands.sum()} of {len(x)} images standing, {bar.n/len(x):,.0f} passes an image'
+        bar.set_postfix_str(said, refresh=False)
         if folder: folder.keep(judge)
     judge = Scorer(model, x, y, bs, seed, tick=bar.update, after_batch=told)
     check_alone(model, x[:8].to(judge.device))
@@ -152,6 +153,7 @@ def evaluate(
         judge = _judge(model, x, y, bs, seed, bf16, bar, folder)
         case = Case(judge, tuple(p for a in attacks for p in a.parts), parent, fake_quantized, thorough)
         asked = _run(case, attacks, bar)
+        bar.bar_format = '{elapsed} {postfix}'      # how long guards and escalation take is not known
         found = go_on(case, budget) if escalate and len(case.x) else (inspect(case), False, ())
         curve = _sketch(case) if len(case.x) and not case.blind else {}
     return _as_report(case, attacks, asked, *found, curve=curve, escalated=escalate, data=data, split=split,

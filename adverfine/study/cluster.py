@@ -73,7 +73,7 @@ def _check_machines(ray, out):
     write_atomic(probe, '')
     look = ray.remote(num_cpus=0)(_seen)
     def at(node):
-        try: return ray.get(node, timeout=60)
+        try: return ray.get(node, timeout=300)      # a busy machine imports for a while
         except ray.exceptions.TaskUnschedulableError: return None       # it has just gone
     try:
         asked = [look.options(scheduling_strategy=On(o['NodeID'], soft=False)).remote(str(probe))

@@ -124,7 +124,7 @@ def carry_out(self:Processes,
 
 # %% ../../nbs/study/08_processes.ipynb #a60b13ef
 def _mourn(worker, agenda, deaths):
-    "Give up what has killed a worker three times"
+    "Give up what has killed a worker ten times"
     pid,status = worker.process.pid,worker.process.exitcode
     if not worker.began and status==1:
         raise ValueError(f"a worker ended with status {status} before it began: a script that runs a study needs "
@@ -134,6 +134,6 @@ def _mourn(worker, agenda, deaths):
     if deaths['']>=10: raise RuntimeError(f"workers ended {deaths['']} times before they did anything, last with "
                                           f"status {status}: is there memory enough?")
     for name in had:
-        if deaths[name]>=3 and name in agenda.jobs:
+        if deaths[name]>=10 and name in agenda.jobs:
             why = f"its worker ended {deaths[name]} times with status {status}: is there memory enough?"
             agenda.give_up(agenda.jobs[name], RuntimeError(why), why)

@@ -1,4 +1,5 @@
 "Artifacts are the fake-quantized network: integers, ONNX, PyTorch's integer kernels"
+from functools import partial
 import pytest, torch
 from torch import nn
 from fastai.vision.all import Learner
@@ -234,6 +235,24 @@ def test_compress_keeps_the_normalisation(tmp_path):
     again = compress(tmp_path/'net', tmp_path/'both', digits_dls, prune=.5, bits=(4, 8), epochs=1, eps=.05,
                      progress=False, escalate=False)
     assert load_compressed(tmp_path/'both')(x).shape==(500, 10) and again.n==500
+
+def test_compress_cuts_nine_tenths_while_it_trains(tmp_path, monkeypatch):
+    from adverfine.training import recipes
+    torch.manual_seed(0)
+    learn = Learner(digits_dls(n_train=200), cnn8(size=8))
+    learn.save_compressed(tmp_path/'net')
+    cut = []
+    monkeypatch.setattr(recipes, '_at_once', lambda learn, prune, bits: cut.append(prune) or learn.prune(prune))
+    def sizes(**kwargs):
+        data = partial(digits_dls, n_train=200)
+        compress(tmp_path/'net', tmp_path/'small', data, prune=.9, progress=False, **kwargs)
+        layers = compressed_info(tmp_path/'small')['layers'].values()
+        return [o['out_channels'] for o in layers if 'out_channels' in o],all('w_quant' in o for o in layers)
+    at_once,_ = sizes(epochs=0)
+    assert cut==[.9]
+    for how in dict(adversarial=False), dict(eps=.1, n=20, escalate=False):
+        assert sizes(epochs=2, bits=8, **how)==(at_once, True)
+    assert cut==[.9]
 
 # --- what agreement means
 

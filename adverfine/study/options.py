@@ -47,6 +47,7 @@ def add_study_options(
     add('--network', nargs='+', metavar='NAME', help='cnn8, resnet18_cifar (with width=16, say), torchvision:NAME, '
         'timm:NAME or package.module:function')
     add('--preset', default='quick', help='quick (default), paper (the protocol of arXiv 2403.09441) or honest')
+    add('--recipe', help='of the preset paper: reference (default), or recommended')
     add('--out', help='output folder; default: studies/NAME')
     add('--levels', type=float, nargs='*', help='shares of channels to prune, such as 0.5 0.9')
     add('--bits', type=bits_asked, nargs='*', help='bits, of 16 8 4 3 2 1; 1/8: 1 for weights, 8 for inputs')

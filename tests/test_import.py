@@ -40,7 +40,7 @@ changed = [k for k,v in before.items() if isinstance(v, plain) and (k not in aft
 added = [k for k in after if k not in before and k[0]=='fastai.learner.Learner']
 print(json.dumps([changed, added]))''')
     assert not changed
-    verbs = 'prune quantize frozen_copy robustness save_compressed adversarial_fine_tune export_onnx'
+    verbs = 'prune quantize frozen_copy robustness save_compressed adversarial_fine_tune export_onnx push_to_hub'
     assert {k for _,k in added}==set(verbs.split())
 
 def test_the_test_would_notice():

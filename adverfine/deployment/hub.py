@@ -70,6 +70,7 @@ def _one_sentence(repo_id, verb):
         raise OSError(f"{repo_id} cannot be {verb} ({said}): "
                       "look at name, revision and network, and at `hf auth whoami`") from e
 
+# %% ../../nbs/deployment/06_hub.ipynb #5d7c1a90
 def push_folder(
     path, # Folder that `save_compressed` has written
     repo_id:str, # 'owner/name'; made if it is not there

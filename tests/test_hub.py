@@ -81,7 +81,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     "The server, which the client takes for the Hub"
-    import huggingface_hub
+    import huggingface_hub.constants
     server = ThreadingHTTPServer(('127.0.0.1', 0), Server)
     server.repos,server.asked = {},[]
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -32,10 +32,12 @@ def main(
     for add in (*study_commands, *network_commands, *sharing_commands, *bench_commands): add(commands)
     args = parser.parse_args(argv)
     warnings.filterwarnings('ignore', category=FutureWarning)
-    try: return args.run(args) or 0
+    try:
+        print(args.run(args))
+        return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         print(f'adverfine {args.command}: {e}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f'\nadverfine {args.command}: stopped', file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"\n{str(e) or f'adverfine {args.command}: stopped'}", file=sys.stderr)
         return 130

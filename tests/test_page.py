@@ -17,16 +17,6 @@ def folder(tmp_path_factory): return fabricate(tmp_path_factory.mktemp('study'))
 @pytest.fixture(scope='module')
 def page(folder): return write_report(folder)['report.html']
 
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api')
-    found = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if found is None: pytest.skip('there is no Chromium here: apt-get install chromium')
-    with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
-        yield b
-        b.close()
-
 @pytest.fixture
 def opened(browser):
     "Open a page; it hears of all that goes wrong in it"

@@ -16,10 +16,9 @@ def _bench(args):
     import pandas as pd
     from adverfine.bench.menu import measure
     result = measure(args.what, **{o: getattr(args, o) for o in _bench_options})
-    if args.json: return print(json.dumps(result))
-    for k,v in result.items():
-        if k!='parts': print(f'{k:20} {v}')
-    if 'parts' in result: print('\n' + pd.DataFrame(result['parts']).to_string(index=False))
+    if args.json: return json.dumps(result)
+    lines = '\n'.join(f'{k:20} {v}' for k,v in result.items() if k!='parts')
+    return lines if 'parts' not in result else f"{lines}\n\n{pd.DataFrame(result['parts']).to_string(index=False)}"
 
 _bench_options = 'n','rounds','network','seconds','seed','data','cifar10','out','path'
 

@@ -48,7 +48,7 @@ def _evaluate(args):
     result = learn.robustness(chosen, deployed=OnnxNetwork(args.onnx) if args.onnx else None, **options,
                               parent=args.parent and load_compressed(args.parent), progress=sys.stderr.isatty())
     if args.html: write_atomic(args.html, robustness_page(result, args.model))
-    print(result.to_json() if args.json else result)
+    return result.to_json() if args.json else str(result)
 
 # %% ../../nbs/commands/02_networks.ipynb #5be2e6a7
 def _add_escalate(add):
@@ -83,7 +83,7 @@ def _compress(args):
     bits = args.bits and (args.bits[0] if len(args.bits)==1 else tuple(args.bits))
     report = compress(args.model, out, dls, args.prune, bits, args.epochs, eps, args.adversarial, args.lr,
                       seed=args.seed, progress=sys.stderr.isatty(), escalate=args.escalate, budget=args.budget)
-    print(report, out, sep='\n\n')
+    return f'{report}\n\n{out}'
 
 def _add_compress(commands):
     add = add_command(commands, _compress, 'prune, quantize and fine-tune a saved network, measure and save it')
@@ -111,7 +111,7 @@ def _export(args):
     if args.data: x = pixels(named_data(args)().valid)[0][:1000]
     else: x = torch.rand(1000, *shape, generator=torch.Generator().manual_seed(0))
     _check_shape(tuple(x.shape[1:]), args, shape)
-    print(write_onnx(load_compressed(args.model), args.onnx, x))
+    return str(write_onnx(load_compressed(args.model), args.onnx, x))
 
 def _add_export(commands):
     add = add_command(commands, _export, 'write a saved network as ONNX, with integers if it is quantized')

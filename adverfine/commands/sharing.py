@@ -14,11 +14,12 @@ from .command import add_command
 def _push(args):
     from adverfine.deployment.hub import push_folder
     fields = {k: getattr(args, k) for k in ('license', 'datasets', 'base_model') if getattr(args, k)}
-    print(args.repo, push_folder(args.model, args.repo, private=args.private, revision=args.revision, **fields))
+    commit = push_folder(args.model, args.repo, private=args.private, revision=args.revision, **fields)
+    return f'{args.repo} {commit}'
 
 def _pull(args):
     from adverfine.deployment.hub import pull_folder
-    print(pull_folder(args.repo, args.out, args.revision))
+    return str(pull_folder(args.repo, args.out, args.revision))
 
 def _add_push(commands):
     add = add_command(commands, _push, 'put a saved network on the Hugging Face Hub')

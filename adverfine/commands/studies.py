@@ -8,8 +8,7 @@ Docs: https://adverfine.github.io/adverfine/commands/studies.html.md"""
 __all__ = ['study_commands']
 
 # %% ../../nbs/commands/01_studies.ipynb #17a23baf
-import sys
-from .command import add_command
+from .command import add_command, listed
 
 # %% ../../nbs/commands/01_studies.ipynb #eb0085ae
 def _asked_study(args):
@@ -28,16 +27,14 @@ def _study(args):
     study = _asked_study(args)
     engine = engine_named(args.engine, **{o: getattr(args, o) for o in engine_options})
     try: df = study.run(engine=engine)
-    except KeyboardInterrupt:
-        print(f'\nStopped. {len(study.results())} of {len(study.cells())} cells are finished and kept in {study.out}; '
-              'the same command goes on from there.', file=sys.stderr)
-        return 130
-    files = write_report(study)
-    print('Clean / robust accuracy in percent, by fine-tuning\n')
-    print(accuracy_table(df).to_string(index=False))
-    print(f"\n{df.attack[0]}{', escalated'*study.judge.escalates_figure}, {study.judge.threat}, {df.n[0]} test images. "
-          "Robust: right clean and attacked; [95 % interval]; ≤ where it is an upper bound.")
-    for name,path in files.items(): print(f'{name:12} {path}')
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(f'Stopped. {len(study.results())} of {len(study.cells())} cells are finished and kept '
+                                f'in {study.out}; the same command goes on from there.') from e
+    meaning = (f"{df.attack[0]}{', escalated'*study.judge.escalates_figure}, {study.judge.threat}, {df.n[0]} test "
+               "images. Robust: right clean and attacked; [95 % interval]; ≤ where it is an upper bound.")
+    files = listed(write_report(study))
+    return ('Clean / robust accuracy in percent, by fine-tuning\n\n'
+            f'{accuracy_table(df).to_string(index=False)}\n\n{meaning}\n{files}')
 
 # %% ../../nbs/commands/01_studies.ipynb #41fb5e3d
 def _add_study(commands):
@@ -50,18 +47,16 @@ def _add_study(commands):
 # %% ../../nbs/commands/01_studies.ipynb #fe76e4a9
 def _report(args):
     from adverfine.study.page import write_report
-    for folder in args.folders:
-        for name,path in write_report(folder).items(): print(f'{name:12} {path}')
+    return '\n'.join(listed(write_report(o)) for o in args.folders)
 
 def _status(args):
     from adverfine.study.status import study_status
-    for folder in args.folders: print(study_status(folder))
+    return '\n'.join(str(study_status(o)) for o in args.folders)
 
 def _compare(args):
     from adverfine.study.comparison import compare, write_comparison
-    print(compare(*args.studies).to_string(index=False))
-    if args.out:
-        for name,path in write_comparison(args.out, *args.studies).items(): print(f'{name:12} {path}')
+    table = compare(*args.studies).to_string(index=False)
+    return table if args.out is None else f'{table}\n{listed(write_comparison(args.out, *args.studies))}'
 
 def _add_status(commands):
     add = add_command(commands, _status, 'how a study stands: what is done, what runs where, what failed, time left')

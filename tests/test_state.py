@@ -114,6 +114,13 @@ def test_networks_whose_answer_depends_on_the_batch():
     check_alone(lambda x: norm.eval()(x+.3*torch.randn_like(x)), x)                  # random: something else
     check_alone(lambda x: norm(x)+1e-7*len(x), x)
 
+def test_networks_that_round_another_way_in_a_batch():
+    "Few bits turn a last digit into a step: then some images change, and much, and it is no BatchNorm's doing"
+    x = torch.rand(8, 1, 4, 4)
+    def says(images, changed): return images.flatten(1)[:,:3]+(torch.arange(len(images))[:,None]<changed)*(len(images)>1)
+    check_alone(lambda o: says(o, 3), x)
+    with pytest.raises(ValueError, match='depends on the others in its batch'): check_alone(lambda o: says(o, 5), x)
+
 def test_a_judge_that_knows_what_another_knew(toy):
     "Runs that are asked for again are not run again, one after another; empty records have no images"
     net,x,y = toy

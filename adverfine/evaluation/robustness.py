@@ -61,7 +61,8 @@ def check_alone(
     "Raise a `ValueError` if what the network says of an image depends on the images beside it"
     together,again,alone = model(x),model(x),torch.cat([model(o[None]) for o in x])
     if together.shape!=alone.shape or not torch.allclose(together, again, rtol=1e-3, atol=1e-5): return
-    if (together-alone).abs().max()>.1*together.abs().max():
+    change = (together-alone).abs().flatten(1).amax(1)  # where few bits round another way, few images change, and much
+    if change.median()>.1*together.abs().max():
         raise ValueError("what the network says of an image depends on the others in its batch: a BatchNorm in it is "
                          "in train mode, where clean and adversarial images mix: call .eval() on the network inside")
 

@@ -221,7 +221,10 @@ class PixelSpace:
 # %% ../nbs/00_threat.ipynb #1df30c19
 class PixelModel(nn.Module):
     "`model`, but taking pixels in [0,1]: the normalisation is its first layer"
-    def __init__(self, model, space):
+    def __init__(self,
+        model, # Takes normalised images
+        space, # A `PixelSpace`, which knows how they are normalised
+    ):
         super().__init__()
         self.model = model
         self.space = space

@@ -117,7 +117,9 @@ def test_networks_whose_answer_depends_on_the_batch():
 def test_networks_that_round_another_way_in_a_batch():
     "Few bits turn a last digit into a step: then some images change, and much, and it is no BatchNorm's doing"
     x = torch.rand(8, 1, 4, 4)
-    def says(images, changed): return images.flatten(1)[:,:3]+(torch.arange(len(images))[:,None]<changed)*(len(images)>1)
+    def says(images, changed):
+        step = torch.arange(len(images))[:,None]<changed
+        return images.flatten(1)[:,:3] + step*(len(images)>1)
     check_alone(lambda o: says(o, 3), x)
     with pytest.raises(ValueError, match='depends on the others in its batch'): check_alone(lambda o: says(o, 5), x)
 

@@ -27,10 +27,16 @@ class GreyImage(TensorImage):
     def show(self, ctx=None, **kwargs): return super().show(ctx=ctx, **dict(cmap='gray')|kwargs)
 
 class ImageSet:
-    "Images (N,C,H,W), as bytes or as floats in [0,1], with their labels (N,), names of the classes and of the set"
+    "Images with their labels: one index takes a whole batch of both"
     n_inp = 1
     loss_func = CrossEntropyLossFlat()
-    def __init__(self, x, y, vocab, split_idx=None, name=''):
+    def __init__(self,
+        x, # Images (N,C,H,W): bytes, or floats in [0,1]
+        y, # Labels (N,): whole numbers
+        vocab, # The names of the classes
+        split_idx=None, # Which of fastai's splits: 0 for training, 1 for validation
+        name='', # Of the data, as reports say it
+    ):
         x,y = torch.as_tensor(x),torch.as_tensor(y).long()
         if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
         if x.dtype!=torch.uint8 and len(x): check_images(x)
@@ -61,7 +67,12 @@ class ImageSet:
 # %% ../../nbs/data/00_images.ipynb #9c2d478d
 class BatchDL(TfmdDL):
     "A `TfmdDL` that takes a whole batch out of an `ImageSet` with one index"
-    def __init__(self, dataset, bs=256, num_workers=0, **kwargs):
+    def __init__(self,
+        dataset, # An `ImageSet`
+        bs=256, # Images a batch
+        num_workers=0, # Of no effect: an index takes less time than a worker's answer
+        **kwargs, # Go to `TfmdDL`
+    ):
         super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, self.drop_last): yield self.dataset[torch.tensor(idxs)]

@@ -109,7 +109,7 @@ def quick(cls:Study,
 # %% ../../nbs/study/13_presets.ipynb #e69c639e
 def recommended(
     eps:float, # In pixels
-    epochs:int,
+    epochs:int, # Over the training images
     lr:float, # Top of the one-cycle schedule
     clamp:bool=True, # Keep attacked images in [0,1]?
 ) -> list: # Standard and adversarial

@@ -226,8 +226,7 @@ class PixelModel(nn.Module):
         space, # A `PixelSpace`, which knows how they are normalised
     ):
         super().__init__()
-        self.model = model
-        self.space = space
+        self.model,self.space = model,space
     def forward(self, x): return self.model(self.space.from_pixels(x))
 
 def pixel_space(
@@ -245,8 +244,7 @@ def check_takes_pixels(
 ):
     "Raise a `ValueError` if the DataLoader of `x` normalises, and the network `model` does not"
     if not isinstance(model, nn.Module) or type(x) is Tensor: return
-    space = getattr(x, 'space', None)
-    if not getattr(space, 'normalizations', None): return
+    if not getattr(getattr(x, 'space', None), 'normalizations', None): return
     if not any(isinstance(m, PixelModel) for m in model.modules()):
         raise ValueError(f"{type(model).__name__} was given pixels, and their DataLoader normalises what its network "
                          "gets: write pixel_space(dls).wrap(learn.model) for learn.model, or use learn.robustness")

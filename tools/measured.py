@@ -20,7 +20,7 @@ def cell(study, label, tuning, what, parent='standard'):
     return f'{100*mean(found):.1f} %'
 
 def training(who, what): return f"{column('training-cnn8.csv', what, who=who.replace('_', ' '))[0]:.1f}"
-def limit(): return f"{100*column('training-cnn8.csv', 'of_limit', who='adverfine')[0]:.0f} %"
+def limit(who): return f"{100*column('training-cnn8.csv', 'of_limit', who=who.replace('_', ' '))[0]:.0f} %"
 
 def adaptive(what):
     "The adaptive AutoAttack beside the standard one: how many times fewer passes, and how much higher at most"

@@ -26,6 +26,7 @@ class GreyImage(TensorImage):
     "A `TensorImage` of one channel, shown in grey"
     def show(self, ctx=None, **kwargs): return super().show(ctx=ctx, **dict(cmap='gray')|kwargs)
 
+# %% ../../nbs/data/00_images.ipynb #ceb77a36
 class ImageSet:
     "Images with their labels: one index takes a whole batch of both"
     n_inp = 1

@@ -14,6 +14,7 @@ import math, re
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from ..evaluation.report import Drawing
 from .rows import seeds_half_width
 
 # %% ../../nbs/study/15_tables.ipynb #786bc32d
@@ -218,7 +219,7 @@ def plot_panels(
     "A panel for each kind of compression in each row"
     columns,colours = kinds_of(cells),colours_of(list(dict.fromkeys(cells[hue])))
     parts = list(cells.groupby(by, sort=False))
-    fig = Figure(figsize=(5.2*len(columns), 3.9*len(parts)), dpi=110, layout='constrained')
+    fig = Drawing(figsize=(5.2*len(columns), 3.9*len(parts)), dpi=110, layout='constrained')
     axs = fig.subplots(len(parts), len(columns), squeeze=False, sharey=True)
     for row,(name,part) in zip(axs, parts):
         for ax,kind in zip(row, columns): _panel(ax, part, kind, hue, colours)

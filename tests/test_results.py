@@ -40,11 +40,12 @@ sys.path.insert(0, str(results.parent/'tools'))
 from measured import marked, with_numbers
 
 nbs = results.parent/'nbs'
-prose = [nbs/'index.ipynb', *sorted((nbs/'tutorials').glob('*.ipynb'))]
+prose = sorted([*nbs.glob('*.ipynb'), *nbs.glob('[a-z]*/*.ipynb')])
 
 def measured_numbers(text):
-    "What looks like a measurement in Markdown, without code, addresses and what stands between marks"
-    text = re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+', ' ', marked.sub(' ', text), flags=re.S)
+    "What looks like a measurement in Markdown, without code, formulas, addresses and what stands between marks"
+    text = re.sub(r'```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]+\$|\]\([^)]*\)|https?://\S+', ' ', marked.sub(' ', text),
+                  flags=re.S)
     return re.findall(r'(?<![\w.])\d*\.?\d+ ?(?:%|times\b|points\b|ms\b)|(?<![\w./])0?\.\d\d+', text)
 
 by_definition = {'95 %'}    # of intervals

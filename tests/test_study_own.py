@@ -45,8 +45,11 @@ def test_folders_that_cannot_be_read_are_named_before_hours_are_lost(pets, spoil
     assert why in capsys.readouterr().err and not (pets.parent/'out').exists()
 
 def test_a_network_that_does_not_fit_is_told_before_hours_are_lost(pets, capsys):
-    assert main(['study', '--data', str(pets), '--network', 'cnn8', 'size=28', '--out', str(pets.parent/'out')])==2
-    assert 'does not take images of shape (3, 18, 18)' in capsys.readouterr().err
+    "Also where images of many sizes are brought to one"
+    Image.new('RGB', (18, 20)).save(pets/'dark'/'0.png')
+    asked = ['study', '--data', str(pets), '--network', 'cnn8', 'size=28', '--out', str(pets.parent/'out')]
+    assert main([*asked, '--size', '20'])==2
+    assert 'does not take images of shape (3, 20, 20)' in capsys.readouterr().err
 
 def test_a_study_from_a_file(tmp_path, capsys):
     text = ('data = "digits"\nnetwork = "cnn8"\nn_train = 300\nn_test = 60\nbf16 = false\n'

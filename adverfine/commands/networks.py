@@ -9,7 +9,7 @@ __all__ = ['network_commands']
 
 # %% ../../nbs/commands/02_networks.ipynb #24a8a68a
 import argparse, sys
-from .command import add_command, named_data
+from .command import add_command, add_place, named_data
 
 # %% ../../nbs/commands/02_networks.ipynb #0ebf1c48
 def _check_shape(shape, args, made_for):
@@ -69,7 +69,7 @@ def _add_evaluate(commands):
     add('--state', metavar='FOLDER', help='write down what is known, and go on from there after an interruption')
     add('--parent', metavar='MODEL_DIR', help='folder of the network before compression, to make images on as well')
     add('--thorough', action='store_true', help='run all guards, on all images')
-    add('--path', help='folder of the data set')
+    add_place(add)
     add('--json', action='store_true', help='print JSON')
     add('--html', metavar='FILE', help='write a page as well')
 
@@ -99,7 +99,7 @@ def _add_compress(commands):
         'training 0.0075')
     add('--seed', type=int, default=0)
     _add_escalate(add)
-    add('--path', help='folder of the data set')
+    add_place(add)
 
 # %% ../../nbs/commands/02_networks.ipynb #019380c5
 def _export(args):
@@ -118,6 +118,6 @@ def _add_export(commands):
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
     add('--onnx', required=True, metavar='FILE', help='file to write')
     add('--data', metavar='NAME', help='compare on validation images of this set; default: on random images')
-    add('--path', help='folder of the data set')
+    add_place(add)
 
 network_commands = _add_evaluate,_add_compress,_add_export

@@ -66,7 +66,8 @@ def _read_images(files, size):
     odd = next((f for (f,_),o in zip(files, images) if o.size!=images[0].size), None)
     if odd:
         w,h = images[0].size
-        raise ValueError(f"{odd} is not {w}x{h} pixels as {files[0][0]} is: give a size, such as size={min(w, h)}")
+        raise ValueError(f"{odd} is not {w}x{h} pixels as {files[0][0]} is: give a size, such as size={min(w, h)}, "
+                         f"on the command line --size {min(w, h)}")
     return images
 
 # %% ../../nbs/data/03_folders.ipynb #aff99c77

@@ -26,6 +26,7 @@ from .names import described, named
 def images_maker(
     images, # See the table above, but for DataLoaders
     path=None, # The folder of a data set that is given by name
+    size=None, # Height and width in pixels, or one number for both, to which the images of a folder are brought
 ): # A function that returns DataLoaders
     "What makes the images"
     maker = images if callable(images) else data_sets.get(images)
@@ -34,6 +35,10 @@ def images_maker(
     if maker is None:
         raise ValueError(f"images {str(images)!r} are unknown: use {', '.join(data_sets)}, an existing folder of "
                          "images, or package.module:function")
+    if size is not None:
+        if 'size' not in signature(maker).parameters:
+            raise ValueError(f"size={size}: {images} have a size of their own, leave it out")
+        maker = partial(maker, size=size)
     if path is None: return maker
     if 'path' in getattr(maker, 'keywords',
                          {}) or maker is data_sets['digits'] or 'path' not in signature(maker).parameters:
@@ -43,11 +48,12 @@ def images_maker(
 def study_dls(
     images, # See the table above
     path=None, # The folder of a data set that is given by name
+    size=None, # Of the images of a folder: see `images_maker`
     **options # Such as `bs`, `normalize`, `n_train`, `n_test`, `download`; None: as the maker has it
 ) -> DataLoaders:
     "The DataLoaders of a study"
     if isinstance(images, DataLoaders): return images
-    maker = images_maker(images, path)
+    maker = images_maker(images, path, size)
     known = signature(maker).parameters
     given = {k: v for k,v in options.items() if v is not None and k in known}
     dls = maker(**given)

@@ -29,6 +29,7 @@ study_numbers = dict(epochs='epochs of a parent', fine_tune_epochs='epochs of ea
     lr="top of the parents' one-cycle learning rate", fine_tune_lr="top of the fine-tuning's",
     eps='radius of the l-inf ball in pixels, such as 0.05', steps='PGD steps of the evaluation',
     train_steps='PGD steps of adversarial training', n='judge only so many test images, drawn at random',
+    size='bring the images of a folder to this height and width, in pixels',
     n_train='use only so many training images', n_test='use only so many test images',
     budget='passes an image, at most, that going on with stronger attacks may take')
 

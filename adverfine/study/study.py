@@ -45,6 +45,13 @@ def _distinct(what, values, kind, name):
                          "name='other'")
     return values
 
+def _known_pairs(pairs, parents, fine_tunings):
+    "`pairs` as tuples; a `ValueError` where one is no parent and fine-tuning by name"
+    pairs,known = tuple(map(tuple, pairs)),[(p.name, f.name) for p in parents for f in fine_tunings]
+    for pair in pairs:
+        if pair not in known: raise ValueError(f"leave_out holds {pair}: use pairs of {known}")
+    return pairs
+
 # %% ../../nbs/study/12_study.ipynb #cb891599
 @dataclass
 class Study:
@@ -65,6 +72,7 @@ class Study:
     bf16:bool=None           # Train and craft in bfloat16; default: where that is faster here
     threads:int=None         # Threads of a cell, on a processor; default: as many as the first run can give it
     path:str=None            # Folder of the data set, if it is given by name
+    size:object=None         # Height and width, or one number for both, to which the images of a folder are brought
     download:bool=False      # Let torchvision download it
     logs:object=None         # A function without arguments that returns callbacks for each training, such as loggers
 
@@ -76,12 +84,7 @@ class Study:
         for name in ('parents', 'seeds', 'fine_tunings'):
             if not getattr(self, name): raise ValueError(f"{name} is empty: a study needs at least one")
         if not isinstance(self.judge, Judge): raise ValueError(f"judge={self.judge!r}: it has to be a Judge(...)")
-        names = [{o.name for o in part} for part in (self.parents, self.fine_tunings)]
-        self.leave_out = tuple(map(tuple, self.leave_out))
-        for pair in self.leave_out:
-            if len(pair)!=2 or any(o not in known for o,known in zip(pair, names)):
-                raise ValueError(f"leave_out holds {pair}: a parent of {sorted(names[0])} and a fine-tuning of "
-                                 f"{sorted(names[1])} are needed")
+        self.leave_out = _known_pairs(self.leave_out, self.parents, self.fine_tunings)
         if self.bs is not None and not self.bs>=1: raise ValueError(f"bs={self.bs} must be 1 or more")
         self.data = images_name(self.dls)
         self.out = Path(self.out or f'studies/{self.data}')
@@ -99,7 +102,7 @@ def cells(self:Study) -> list: # Of `Cell`
 def images(self:Study) -> DataLoaders:
     "The DataLoaders, as the study wants them"
     kw = dict(bs=self.bs, normalize=self.normalize, n_train=self.n_train, n_test=self.n_test, path=self.path)
-    return study_dls(self.dls, **kw, download=self.download or None)
+    return study_dls(self.dls, **kw, size=self.size, download=self.download or None)
 
 @patch
 def protocol(self:Study,

@@ -114,7 +114,7 @@ def projection(self:ThreatModel, x:Tensor): # A function of images (N,C,H,W)
 
 @patch
 def project(self:ThreatModel, x_adv:Tensor, x:Tensor) -> Tensor:
-    "The image nearest to each of `x_adv` (N,C,H,W) that the adversary may choose for `x`"
+    "The image nearest to each of `x_adv` (N,C,H,W), in l2 one near it, that the adversary may choose for `x`"
     return self.projection(x)(x_adv)
 
 # %% ../nbs/00_threat.ipynb #9fcb6967
@@ -135,7 +135,7 @@ def check_images(x:Tensor):
 def slack(self:ThreatModel, x:Tensor) -> float:
     "How far beyond `eps` rounding may have put an image shaped as those of `x` (N,C,H,W)"
     sums = 1e-7*x[0].numel()**.5 if self.norm=='l1' else 0.
-    return 0. if self.norm=='l0' else 1e-6*max(1., self.eps) + sums
+    return 0. if self.norm=='l0' else max(1e-6, torch.finfo(x.dtype).eps)*max(1., self.eps) + sums
 
 @patch
 def check(self:ThreatModel, x_adv:Tensor, x:Tensor, who:str='the attack'):

@@ -6,7 +6,7 @@ Docs: https://adverfine.github.io/adverfine/attacks/attack.html.md"""
 
 # %% auto #0
 __all__ = ['Attack', 'check_step', 'check_counts', 'logits_of', 'cross_entropy', 'check_gradients', 'value_and_grad',
-           'input_grad']
+           'pixel_grad', 'input_grad']
 
 # %% ../../nbs/attacks/00_attack.ipynb #5dd44862
 from dataclasses import dataclass, field, replace
@@ -68,7 +68,8 @@ class Attack:
         check_images(x)
         _check_labels(self, x, y)
         with frozen(model), torch.inference_mode(False), torch.enable_grad():
-            return self.craft(model, x.clone() if x.is_inference() else x, y, generator).detach()
+            x,y = (o.clone() if o.is_inference() else o for o in (x, y))
+            return self.craft(model, x, y, generator).detach()
 
     def craft(self, model, x, y, generator):
         "What a subclass implements: adversarial images for checked, plain tensors"
@@ -140,13 +141,14 @@ def cross_entropy(
     return F.cross_entropy(out, y, reduction='none')
 
 # %% ../../nbs/attacks/00_attack.ipynb #54a814c1
+_no_gradients = ("the model gives no gradients (it runs outside of PyTorch, or detaches): attack it with Square(eps), "
+                 "or with Transfer(attack, surrogate), which crafts on a differentiable network")
+
 def check_gradients(
     out:Tensor, # Logits of images that require a gradient
 ):
     "Raise a `ValueError` unless a gradient can be had of `out`"
-    if not out.requires_grad:
-        raise ValueError("the model gives no gradients (it runs outside of PyTorch, or detaches): attack it with "
-                         "Square(eps), or with Transfer(attack, surrogate), which crafts on a differentiable network")
+    if not out.requires_grad: raise ValueError(_no_gradients)
 
 # %% ../../nbs/attacks/00_attack.ipynb #35c0fcda
 def value_and_grad(
@@ -161,16 +163,25 @@ def value_and_grad(
     out = model(x)
     if checked: _check_logits(out, x, y)
     check_gradients(out)
-    grad_of = _scaled_grad if out.dtype==torch.float16 else _grad
+    grad_of = _scaled_grad if out.dtype==torch.float16 else pixel_grad
     out = out.float()
     each = loss(out, y)
     return out.detach(),each.detach(),grad_of(each.sum(), x)
 
-def _grad(loss, x, **kwargs): return torch.autograd.grad(loss, x, **kwargs)[0]
+# %% ../../nbs/attacks/00_attack.ipynb #c8a4cba8
+def pixel_grad(
+    value:Tensor, # One number
+    x:Tensor, # Images that it may depend on (N,C,H,W)
+    **kwargs # For `torch.autograd.grad`
+) -> Tensor: # (N,C,H,W)
+    "The gradient of `value` for the pixels; a `ValueError` where it does not depend on them"
+    grad = torch.autograd.grad(value, x, allow_unused=True, **kwargs)[0]
+    if grad is None: raise ValueError(_no_gradients)
+    return grad
 
 def _scaled_grad(loss, x):
     for scale in (2.**12, 2.**6, 1., 2.**-6, 2.**-12):
-        grad = _grad(loss*scale, x, retain_graph=True)/scale
+        grad = pixel_grad(loss*scale, x, retain_graph=True)/scale
         if torch.isfinite(grad).all(): return grad
     return grad.nan_to_num(0, 0, 0)
 
@@ -206,6 +217,7 @@ def show(self:Attack,
 ):
     "Draw clean images, changes (grey is none) and adversarial images, each with the prediction; green is right"
     import matplotlib.pyplot as plt
+    check_takes_pixels(model, x)
     x,y = (o[:max_n].detach().as_subclass(Tensor) for o in (x, y))
     x_adv = self(model, x, y, generator)
     fig,axs = plt.subplots(3, len(x), figsize=(1.35*len(x)+.7, 4.5), dpi=72, squeeze=False, layout='constrained')

@@ -28,7 +28,7 @@ class AutoAttack(Attack):
     """APGD-CE, APGD-T, FAB-T and Square, each for what still stands;
     [arXiv 2003.01690](https://arxiv.org/abs/2003.01690)"""
     norms = 'linf','l2'
-    version:str = 'standard'   # 'standard': as published; 'fast': APGD-CE with 40 steps, then Square with 500 queries
+    version:str = 'standard'   # 'standard': as published; 'adaptive', or 'fast': APGD-CE with 40 steps, then Square
 
     def __post_init__(self):
         super().__post_init__()

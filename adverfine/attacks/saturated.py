@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import math, torch
 from torch import Tensor
 from fastcore.basics import patch
-from .attack import Attack, check_counts, check_gradients, logits_of
+from .attack import Attack, check_counts, check_gradients, logits_of, pixel_grad
 from .losses import check_classes, probability_margin
 from .standing import in_turn
 from .apgd import APGD
@@ -26,7 +26,7 @@ def jacobian(
     x = x.detach().requires_grad_()
     with torch.enable_grad(): out = model(x).float()
     check_gradients(out)
-    grads = [torch.autograd.grad(o.sum(), x, retain_graph=True)[0].flatten(1) for o in out.unbind(1)]
+    grads = [pixel_grad(o.sum(), x, retain_graph=True).flatten(1) for o in out.unbind(1)]
     return torch.stack(grads, 1).float()
 
 # %% ../../nbs/attacks/08_saturated.ipynb #6a6b25d4

@@ -49,7 +49,7 @@ class _LinfSearch:
     def change(self, x, adv, share):
         "`adv` with one square, a `share` of the image, set anew"
         c,h,w = x.shape[1:]
-        rows,cols = self.draw.window(h, w, max(round((share*h*w)**.5), 1))
+        rows,cols = self.draw.window(h, w, min(max(round((share*h*w)**.5), 1), h, w))
         new = adv.clone()
         new[...,rows,cols] = x[...,rows,cols] + self.attack.eps*self.draw.signs(c, 1, 1)
         return new.clamp_(0, 1) if self.attack.clamp else new
@@ -127,6 +127,12 @@ class _L0Search:
         return torch.where(chosen.view_as(adv[:,:1]), values, adv)
 
 # %% ../../nbs/attacks/11_square.ipynb #a8547a42
+def _looked_at(model, x, y):
+    "By how much the wrong classes lead, and which images are wrong: on a tie the first class has it"
+    out = logits_of(model, x, y)
+    return margin(out, y),out.argmax(1)!=y
+
+# %% ../../nbs/attacks/11_square.ipynb #4c144167
 _searches = dict(linf=_LinfSearch, l2=_L2Search, l1=_L1Search, l0=_L0Search)
 
 @dataclass(frozen=True)
@@ -139,6 +145,7 @@ class Square(Attack):
     def __post_init__(self):
         super().__post_init__()
         check_counts(self, 'queries')
+        if self.p is not None and not 0<self.p<=1: raise ValueError(f"p={self.p}, a share, must lie between 0 and 1")
 
     @property
     def passes(self): return self.queries+1
@@ -148,16 +155,16 @@ class Square(Attack):
         search = _searches[self.norm](self, _Draw(generator, x.device))
         s = Standing(model, x, y)
         s.adv = search.first(x)
-        s.best = margin(logits_of(model, s.adv, y), y)
-        s.fell(s.adv, s.best>=0)
+        s.best,wrong = _looked_at(model, s.adv, y)
+        s.fell(s.adv, wrong)
         for k in range(self.queries):
             if not s.compact(): break
             new = search.change(s.x, s.adv, self._share(k))
-            gain = margin(logits_of(model, new, s.y), s.y)
+            gain,wrong = _looked_at(model, new, s.y)
             better = gain>s.best
             s.adv = torch.where(better.view(-1, 1, 1, 1), new, s.adv)
             s.best = torch.maximum(gain, s.best)
-            s.fell(s.adv, better & (gain>=0))
+            s.fell(s.adv, better & wrong)
         return s.finish(s.adv)
 
     def _share(self, k):

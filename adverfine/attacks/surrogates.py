@@ -37,7 +37,7 @@ class _LetThrough(TorchFunctionMode):
             return x
         if func not in _in_one | _in_place | _casts: return func(*args, **kwargs)
         with torch.no_grad(): out = func(x.clone(), *args[1:], **kwargs)
-        if out.dtype==x.dtype and func in _casts: return func(*args, **kwargs)
+        if func in _casts and out.is_floating_point(): return func(*args, **kwargs)
         self.met = True
         change = out.to(x.dtype)-x.detach()
         return x.add_(change) if func in _in_place else x+change
@@ -148,7 +148,7 @@ class Smoothed(nn.Module):
     def __init__(self,
         model, # A callable from pixels (N,C,H,W) to logits (N,classes); it need not be differentiable
         sigma:float=.02, # Standard deviation of the Gaussian that smooths, in pixels
-        samples:int=30, # Pairs of differences a gradient
+        samples:int=30, # Differences a gradient, two passes each
     ):
         super().__init__()
         if not sigma>0: raise ValueError(f"sigma={sigma} must be positive: it is the width of the noise, in pixels")

@@ -50,7 +50,7 @@ class TorchAttack(Attack):
 
     def __init__(self,
         kind:type, # The class, not an instance
-        eps:float, # Radius of the ball in pixels, 0 to 1
+        eps:float, # Radius of the ball in pixels; in l-inf 0 to 1
         norm:str='linf', # Norm of the ball: it must be the one that this class keeps to
         **kwargs, # What else the class takes; `eps`, `norm`, `n_classes` and `seed` are given to it where it takes them
     ):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .attack import Attack
+from .attack import Attack, check_gradients, pixel_grad
 from .losses import margin
 from .scoring import fooled
 from .standing import ranked_classes
@@ -31,7 +31,8 @@ def distances(
     with torch.enable_grad():
         out = model(x).float()
         leads = out.gather(1, targets)-out.gather(1, y[:,None])
-        slopes = [torch.autograd.grad(o.sum(), x, retain_graph=True)[0] for o in leads.unbind(1)]
+        check_gradients(out)
+        slopes = [pixel_grad(o.sum(), x, retain_graph=True) for o in leads.unbind(1)]
     slopes,order = torch.stack(slopes),1 if norm=='linf' else 2
     dual = slopes.flatten(2).norm(p=order, dim=2).T.clamp_min(1e-12)
     return -leads.detach()/dual,leads.detach(),slopes
@@ -110,8 +111,10 @@ def climb(self:_Climbs, i, columns, start, steps):
             slope = torch.autograd.grad(lead.sum(), adv)[0] if k<steps else None
         adv,out = adv.detach(),out.detach()
         self.fell(i, adv, out)
-        of_best = (self.targets[i]==best_wrong.indices[:,None]).int().argmax(1)
-        self.keep(i, torch.where(columns<0, of_best, columns), adv, lead.detach()/self.unit[i])
+        is_best = self.targets[i]==best_wrong.indices[:,None]
+        known = (columns>=0) | is_best.any(1)       # of many classes, not all are targets
+        at = torch.where(columns<0, is_best.int().argmax(1), columns)
+        self.keep(i[known], at[known], adv[known], (lead.detach()/self.unit[i])[known])
         if k==steps: return
         size = self.attack.eps*(1+math.cos(math.pi*k/steps))
         adv = threat.project(adv + size*threat.steepest(slope), self.x[i])

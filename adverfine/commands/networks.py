@@ -9,6 +9,7 @@ __all__ = ['network_commands']
 
 # %% ../../nbs/commands/02_networks.ipynb #24a8a68a
 import argparse, sys
+from pathlib import Path
 from .command import add_command, add_place, named_data
 
 # %% ../../nbs/commands/02_networks.ipynb #0ebf1c48
@@ -34,7 +35,7 @@ def _evaluate(args):
     if unknown: raise ValueError(f"attack {unknown[0]!r} is unknown: use one of {', '.join(_attacks)}")
     from fastai.learner import Learner
     from torch.nn import CrossEntropyLoss
-    from adverfine.files import write_atomic
+    from adverfine.files import check_place, write_atomic
     from adverfine.evaluation.report import robustness_page
     from adverfine.deployment.checkpoint import compressed_info, load_compressed
     from adverfine.deployment.onnx import OnnxNetwork
@@ -42,6 +43,7 @@ def _evaluate(args):
     make_dls = named_data(args)
     chosen = [_attack(o, args.eps, args.norm) for o in args.attack]
     made_for = tuple(compressed_info(args.model)['input_shape'])
+    if args.html: check_place(args.html)
     learn = Learner(make_dls(), load_compressed(args.model), loss_func=CrossEntropyLoss())
     _check_shape(tuple(learn.dls.valid.one_batch()[0].shape[1:]), args, made_for)
     options = {k: getattr(args, k) for k in 'n seed escalate budget state thorough'.split()}
@@ -79,7 +81,8 @@ def _compress(args):
     from adverfine.study.presets import defaults_for
     dls = named_data(args)
     eps = defaults_for(args.data, eps=args.eps)['eps']
-    out = args.out or f'{args.model.rstrip("/")}-compressed'
+    model = Path(args.model)
+    out = args.out or f"{model if model.name not in ('', '..') else model.resolve()}-compressed"
     bits = args.bits and (args.bits[0] if len(args.bits)==1 else tuple(args.bits))
     report = compress(args.model, out, dls, args.prune, bits, args.epochs, eps, args.adversarial, args.lr,
                       seed=args.seed, progress=sys.stderr.isatty(), escalate=args.escalate, budget=args.budget)

@@ -89,7 +89,8 @@ def _check_pruning(self:Quantization, pruning):
 def before_fit(self:Quantization):
     self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
     if not self.run: return
-    self.there = self.stages[-1] in bits_of(self.model)
+    bits,some = bits_of(self.model),any(self.options.get(o) for o in ('ends', 'layers'))
+    self.there = self.stages[-1] in bits if some else bits=={self.stages[-1]}
     self.stage = self.stages[-1] if self.there else None
     for cb in self.learn.cbs:
         if isinstance(cb, StructuredPruning): self._check_pruning(cb)

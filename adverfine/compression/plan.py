@@ -19,7 +19,7 @@ from .importance import criteria, Taylor
 def whole_channels(
     n:float, # A number of channels that was reckoned with floats
 ) -> int:
-    "Whole channels in `n`, rounded down, what floats get wrong forgiven"
+    "Whole channels in `n`, rounded down, forgiving what floats get wrong"
     return int(n+1e-9)
 
 # %% ../../nbs/compression/02_plan.ipynb #6931aa39

@@ -16,7 +16,7 @@ from torch import fx, nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.learner import Learner
-from ..networks.modes import evaluating
+from ..networks.modes import bare, evaluating
 from ..networks.attention import opened
 from ..networks.fused import foldable, fusable
 from ..networks.optimizers import adopt
@@ -223,5 +223,5 @@ def quantize(self:Learner,  # noqa: F811 the function goes on; this is the metho
     "Make the network a fake-quantized one, calibrated on training batches; the optimizer learns the step sizes too"
     check_bits(bits)
     batches = [x for x,_ in training_batches(self, n_batches)]
-    adopt(self.opt, {}, added=quantize(self.model, bits, batches, **kwargs))
+    adopt(self.opt, {}, added=quantize(bare(self.model), bits, batches, **kwargs))
     return self

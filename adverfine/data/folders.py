@@ -30,7 +30,7 @@ def _loaded_image(path, size):
                 raise ValueError(f"{path} has pixels of kind {im.mode!r}, not of 8 bits: scale it to bytes first")
             im.load()
             return im.copy() if size is None else ImageOps.fit(im if im.mode!='P' else im.convert('RGB'), size)
-    except (UnidentifiedImageError, OSError, SyntaxError) as e:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as e:
         raise ValueError(f"{path} is no image that can be read ({e}): mend or remove it") from e
 
 def _as_bytes(im, grey):
@@ -71,13 +71,13 @@ def _read_images(files, size):
     return images
 
 # %% ../../nbs/data/03_folders.ipynb #aff99c77
+_part_names = ('train', 'training'), ('valid', 'val', 'validation'), ('test', 'testing')
+
 def _parts_of(path):
     "Folders of the training, validation and test images; None for those that are not there"
-    train = path/'train'
-    if not train.is_dir(): return path,None,None
-    valid = next((path/o for o in ('valid', 'val', 'validation') if (path/o).is_dir()), None)
-    test = path/'test' if (path/'test').is_dir() else None
-    return train,valid,test
+    there = {o.name.lower(): o for o in path.iterdir() if o.is_dir()}
+    train,valid,test = (next((there[o] for o in names if o in there), None) for names in _part_names)
+    return (path, None, None) if train is None else (train, valid, test)
 
 @delegates(image_dls, but=['train', 'test', 'valid', 'vocab'])
 def folder_dls(
@@ -91,6 +91,7 @@ def folder_dls(
     path = Path(path).expanduser()
     if not path.is_dir(): raise ValueError(f"{path} is no folder: give one with a folder of images for each class")
     if not 0<test_pct<1: raise ValueError(f"test_pct={test_pct} must lie between 0 and 1: it is a share of the images")
+    if size is not None and np.min(size)<1: raise ValueError(f"size={size}: images have 1 pixel a side or more")
     size = None if size is None else (size, size) if isinstance(size, int) else tuple(size)[::-1]
     folders = _parts_of(path)
     classes = _classes_of(folders[0])

@@ -38,7 +38,9 @@ class ImageSet:
         split_idx=None, # Which of fastai's splits: 0 for training, 1 for validation
         name='', # Of the data, as reports say it
     ):
-        x,y = torch.as_tensor(x),torch.as_tensor(y).long()
+        x,y = torch.as_tensor(x),torch.as_tensor(y)
+        if y.dim()!=1 or y.is_floating_point():
+            raise ValueError(f"labels must be whole numbers (N,), not {y.dtype} of shape {tuple(y.shape)}")
         if len(x)!=len(y): raise ValueError(f"{len(x)} images but {len(y)} labels: every image needs one")
         if x.dtype!=torch.uint8 and len(x): check_images(x)
         elif x.dim()!=4:
@@ -47,7 +49,7 @@ class ImageSet:
         if len(y) and not 0<=y.min()<=y.max()<len(vocab):
             raise ValueError(f"labels run from {y.min()} to {y.max()}, "
                              f"but {len(vocab)} classes need labels 0 to {len(vocab)-1}")
-        self.x,self.y = x,y
+        self.x,self.y = x,y.long()
         self.vocab = CategoryMap(vocab, sort=False)
         self.split_idx = split_idx
         self.name = name
@@ -175,6 +177,8 @@ def image_dls(
                          "it is the share of the training images kept for validation")
     if vocab is None: vocab = range(int(torch.as_tensor(train[1]).max())+1)
     full,last,kept = (o and ImageSet(*o, vocab) for o in (train, test, valid))
+    if len(kinds := {(o.x.dtype, *o.x.shape[1:]) for o in (full, last, kept) if o})>1:
+        raise ValueError(f"training, validation and test images differ in kind or shape ({kinds}): make them alike")
     idxs = random_part(len(full), n_train, 'n_train', seed)
     cut = 0 if kept else max(1, round(len(idxs)*valid_pct))
     if cut==len(idxs):

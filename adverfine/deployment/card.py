@@ -74,7 +74,9 @@ def card(
 ) -> str: # Markdown
     "The model card of the network that `record` describes"
     rows = '\n'.join(_row(n, o) for n,o in record['layers'].items())
-    return f"""# {record['factory']['factory'].rpartition('.')[2]}, compressed
+    maker = record['factory']['factory']
+    own = '' if '.' in maker else f', factory={maker}'      # a function that no file can hold
+    return f"""# {maker.rpartition('.')[2]}, compressed
 
 {_summary_of(record)}
 
@@ -88,7 +90,7 @@ def card(
 
 {_fence}python
 from adverfine.all import *
-model = load_compressed('.')        # this folder; nothing in it is executed
+model = load_compressed('.'{own})        # this folder; nothing in it is executed
 logits = model(images)              # pixels in [0,1], (N, {', '.join(map(str, record['input_shape']))})
 {_fence}
 

@@ -10,6 +10,7 @@ __all__ = ['hub_card', 'push_folder', 'pull_folder', 'from_hub']
 # %% ../../nbs/deployment/06_hub.ipynb #6cd09b10
 import json, shutil
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from torch import nn
@@ -117,10 +118,14 @@ def pull_folder(
     "Fetch a saved network from the Hub: description, weights and card, nothing else that may lie there"
     patterns = ['model.json', 'model-' + '?'*12 + '.safetensors', 'config.json', 'README.md']
     with _one_sentence(repo_id, 'pulled'):
-        found = _hub().snapshot_download(repo_id, revision=revision, token=token, cache_dir=cache_dir, local_dir=path,
-                                         allow_patterns=patterns, library_name='adverfine')
-    compressed_info(found)
-    return Path(found)
+        found = Path(_hub().snapshot_download(repo_id, revision=revision, token=token, cache_dir=cache_dir,
+                                              allow_patterns=patterns, library_name='adverfine'))
+    read_weights(found, compressed_info(found)['weights'])
+    if path is None: return found
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for file in sorted(found.iterdir(), key=lambda o: o.name=='model.json'):    # the description last
+        if any(fnmatch(file.name, o) for o in patterns): shutil.copy(file, path)
+    return Path(path)
 
 def from_hub(
     repo_id:str, # 'owner/name'

@@ -18,7 +18,7 @@ from ..threat import ThreatModel
 from ..networks.modes import frozen
 from ..attacks.attack import Attack, value_and_grad
 from ..attacks.losses import margin
-from ..attacks.scoring import Scorer
+from ..attacks.scoring import Scorer, spread
 from ..attacks.adaptive import EOT, Transfer
 from ..attacks.surrogates import inner_networks, Inside, Rescaled, StraightThrough
 
@@ -73,7 +73,8 @@ class Case:
 @patch
 def some(self:Case, n:int=128) -> tuple:
     "Images that the network gets right, and labels; all of them if the evaluation is thorough"
-    return (self.x,self.y) if self.thorough else (self.x[:n],self.y[:n])
+    i = spread(len(self.x), None if self.thorough else n).to(self.x.device)
+    return self.x[i],self.y[i]
 
 @patch
 def same(self:Case, attack:type, **kwargs) -> Attack:

@@ -13,11 +13,12 @@ from dataclasses import replace
 import torch
 from ..networks.modes import evaluating, frozen
 from ..attacks.attack import cross_entropy, input_grad
-from ..attacks.scoring import score
+from ..attacks.scoring import score, spread
 from ..attacks.gradient import PGD
 from ..attacks.adaptive import EOT, Transfer
 from ..attacks.apgd import APGD
 from ..attacks.square import Square
+from ..attacks.triage import Triage
 from ..attacks.surrogates import Rescaled
 from .cases import Case, guard, guards, predict
 
@@ -39,7 +40,7 @@ _checks = 'auto-attack, checks.py; arXiv 2003.01690'
 def determinism(case):
     moved,counts = case.moved()
     if len(set(counts))>1:
-        return float('inf'),(f"between {min(counts)} and {max(counts)} of {len(case.some()[0])} images are right "
+        return 1.,(f"between {min(counts)} and {max(counts)} of {len(case.some()[0])} images are right "
                              "in five passes over the same images: the network is random")
     return moved,f"normalised logits move by {moved:.1e} in five passes over the same images"
 
@@ -70,7 +71,8 @@ _failures = 'arXiv 2106.09947'
 @guard(.05, 'arXiv 1902.06705', remedy="do not believe the figure: an attack without limits fails, so it cannot work")
 def unbounded(case):
     if case.blind: return None
-    x,y = case.x[:64],case.y[:64]
+    i = spread(len(case.x), 64).to(case.x.device)
+    x,y = case.x[i],case.y[i]
     robust = score(case.climbed, PGD(1., steps=20), x, y, standing=torch.ones_like(y, dtype=torch.bool)).robust
     return robust,f"{robust:.1%} of images survive an adversary who may choose any image (eps=1)"
 
@@ -81,14 +83,21 @@ def agreement(case):
     share = odd.float().mean().item()
     return share,f"the deployed network and the fake-quantized one disagree about {share:.1%} of images"
 
+# %% ../../nbs/evaluation/01_guards.ipynb #195078ec
 def _steps_of(attack):
     "How many gradient steps an attack takes, or the one that `EOT` runs"
-    return getattr(attack.attack if isinstance(attack, EOT) else attack, 'steps', 1)
+    inner = attack.attack if isinstance(attack, EOT) else attack
+    return getattr(inner, 'steps', dict(getattr(inner, 'kwargs', ())).get('steps', 1))  # `TorchAttack` keeps kwargs
+
+def _longest(case):
+    "The attack of most steps; None if all that climb go on as long as there is hope"
+    return max((o for o in case.white if not isinstance(o, Triage)), key=_steps_of, default=None)
 
 @guard(.05, _failures, sign_of='weakness', remedy="more steps", thorough=True)
 def plateau(case):
-    if not case.white or case.blind: return None
-    steps = max(map(_steps_of, case.white))
+    longest = _longest(case)
+    if longest is None or case.blind: return None
+    steps = _steps_of(longest)
     if steps<10:
         return 1.,f"an attack of {steps} step{'s' if steps>1 else ''} does not show whether its loss levels off"
     x,y = case.some()
@@ -118,14 +127,15 @@ def scaled_margin(case):
 
 def _longer(attack, case):
     "`attack` with twice the steps; if it has none to double, PGD"
-    if isinstance(attack, EOT) and hasattr(attack.attack, 'steps'):
-        return replace(attack, attack=_longer(attack.attack, case))
-    return replace(attack, steps=2*attack.steps) if hasattr(attack, 'steps') else case.same(PGD, steps=10)
+    steps = _steps_of(attack)
+    if steps==1: return case.same(PGD, steps=10)
+    if isinstance(attack, EOT): return replace(attack, attack=_longer(attack.attack, case))
+    return replace(attack, steps=2*steps)
 
 @guard(.005, _failures, sign_of='weakness', remedy=_stronger, tries=True, thorough=True)
 def convergence(case):
-    if not case.white or case.blind: return None
-    attack = max(case.white, key=_steps_of)
+    attack = _longest(case)
+    if attack is None or case.blind: return None
     longer = _longer(attack, case)
     gain,one = case.take('convergence', longer, .005, case.quick)
     return gain,(f"{longer.name} with {_steps_of(longer)} steps instead of {_steps_of(attack)} "

@@ -91,8 +91,8 @@ def meaning(self:RobustnessReport) -> str:
     "What the verdict means for the figure"
     if self.verdict=='trusted': return "nothing that was tried finds more"
     if self.verdict=='not converged':
-        short = f"; the budget did not suffice for {', '.join(self.left_out)}" if self.left_out else ''
-        return f"an upper bound: a stronger attack finds more{short}"
+        short = [f"the budget did not suffice for {', '.join(self.left_out)}"] if self.left_out else []
+        return f"an upper bound: {'; '.join(['a stronger attack finds more']*bool(self.reasons) + short)}"
     if self.broken: return "broken: the figure is that of attacks which get around it"
     tried = 'not broken: the figure is ' if self.escalated else ''
     return f"{tried}an upper bound, and may be far too high"
@@ -219,7 +219,7 @@ def to_html(self:RobustnessReport,
     picture:bool=True, # Draw?
 ) -> str:
     "Verdict, table, guards and picture"
-    colour = '#b3541e' if self.reasons else '#1e7a46'
+    colour = '#1e7a46' if self.verdict=='trusted' else '#b3541e'
     remedies = [] if self.broken else [f'remedy: {o}' for o in self.remedies]
     reasons = ''.join(f'<li>{escape(o)}</li>' for o in [*self.reasons, *remedies])
     drawn = png_tag(self.plot(), 'Accuracy against epsilon, and the images that fell furthest') if picture else ''

@@ -9,6 +9,7 @@ __all__ = ['check_alone', 'evaluate']
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #fbd130f4
 import time
+from contextlib import ExitStack
 import torch
 from tqdm.auto import tqdm
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..networks.modes import evaluating
 from ..networks.fastest import fastest
 from ..data.pixels import pixels
 from ..attacks.attack import Attack
-from ..attacks.scoring import Scorer
+from ..attacks.scoring import Scorer, spread
 from ..attacks.gradient import PGD
 from ..attacks.square import Square
 from .cases import Case
@@ -68,10 +69,11 @@ def check_alone(
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #a1754f39
 def _sketch(case, n=128):
-    "Accuracy against eps under PGD-10, on the first `n` images"
+    "Accuracy against eps under PGD-10, on `n` images"
     whole = case.judge
-    x,y = (o[:n].to(whole.device) for o in (whole.x, whole.y))
-    stands = whole.clean[:n]
+    some = spread(len(whole.x), n)
+    x,y = (o[some.to(o.device)].to(whole.device) for o in (whole.x, whole.y))
+    stands = whole.clean[some]
     curve = {0.: stands.float().mean().item()}
     through = None if case.fake_quantized is None else case.fake_quantized
     for share in (.5, 1, 1.5, 2, 3):
@@ -150,7 +152,9 @@ def evaluate(
     if escalate: check_budget(budget, attacks[0].threat)
     settings = dict(attacks=attacks, bs=bs, seed=seed, bf16=bf16, thorough=thorough, escalate=escalate, budget=budget)
     folder = None if state is None else StateFolder(state, fingerprint(networks, x, y, **settings))
-    with _progress_bar(progress) as bar, evaluating(model):
+    with _progress_bar(progress) as bar, ExitStack() as stack:
+        for o in networks:
+            if o is not None: stack.enter_context(evaluating(o))
         judge = _judge(model, x, y, bs, seed, bf16, bar, folder)
         case = Case(judge, tuple(p for a in attacks for p in a.parts), parent, fake_quantized, thorough)
         asked = _run(case, attacks, bar)
@@ -185,10 +189,10 @@ def robustness(self:Learner,
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
     space = pixel_space(dl)
     model = space.wrap(self.model)
-    kwargs = _origin(dl, self.dls) | kwargs
+    kwargs = dict(vocab=getattr(self.dls, 'vocab', None)) | _origin(dl, self.dls) | kwargs
     if deployed is not None:
         if not any(isinstance(p, Square) for a in attacks for p in a.parts):
-            attacks = _in_order([*attacks, Square(attacks[0].eps, norm=attacks[0].norm)])
+            attacks = _in_order([*attacks, Square(attacks[0].eps, norm=attacks[0].norm, clamp=attacks[0].clamp)])
         kwargs = dict(fake_quantized=model) | kwargs
     return evaluate(model if deployed is None else deployed, x[some], y[some], attacks, seed=seed,
-                    parent=parent and space.wrap(parent), vocab=getattr(self.dls, 'vocab', None), **kwargs)
+                    parent=parent and space.wrap(parent), **kwargs)

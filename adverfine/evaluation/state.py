@@ -16,6 +16,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
 from .. import __version__
 from ..files import write_atomic
+from ..networks.modes import evaluating
 from ..attacks.scoring import Scorer
 
 # %% ../../nbs/evaluation/04_state.ipynb #8a31b211
@@ -27,8 +28,16 @@ def checksum(
     for t in tensors: total = zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), total)
     return total
 
+@torch.no_grad()
+def _says(network, x):
+    "Logits for a few images, as whole hundredths of the largest; none of a network that answers at random"
+    parameter = next(network.parameters(), x) if isinstance(network, nn.Module) else x
+    some = x[:4].to(parameter.device)
+    with evaluating(network): one,other = (network(some).float().cpu() for _ in range(2))
+    return (100*one/one.abs().max().clamp_min(1e-12)).round() if torch.equal(one, other) else one[:0]
+
 def fingerprint(
-    networks, # Those that take part; of a module, the weights are looked at
+    networks, # Those that take part: weights of modules, and what all of them say of a few images
     x:Tensor, # Images
     y:Tensor, # Labels
     **settings # Anything whose `repr` says what it is
@@ -36,7 +45,8 @@ def fingerprint(
     "What makes an evaluation this one"
     entries = [o for m in networks if isinstance(m, nn.Module) for o in m.state_dict().values()]
     weights = [o for o in entries if isinstance(o, Tensor)]
-    return dict(images=checksum([x, y]), weights=checksum(weights), version=__version__,
+    answers = [_says(o, x) for o in networks if o is not None]
+    return dict(images=checksum([x, y]), weights=checksum(weights), answers=checksum(answers), version=__version__,
                 **{k: repr(v) for k,v in settings.items()})
 
 # %% ../../nbs/evaluation/04_state.ipynb #25683ac6

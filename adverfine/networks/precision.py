@@ -41,7 +41,7 @@ def bf16_is_fast(
     device:str=None, # 'cpu' or 'cuda'; default: the GPU where there is one
 ) -> bool:
     "Whether this machine multiplies bfloat16 matrices faster than float32 ones"
-    if device!='cpu' and torch.cuda.is_available(): return torch.cuda.is_bf16_supported()
+    if device!='cpu' and torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
     return _cpu_is_fast_in_bf16()
 
 # %% ../../nbs/networks/06_precision.ipynb #4e2a0caa

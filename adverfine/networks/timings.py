@@ -57,6 +57,13 @@ def choice(
     return half if times[half]<=.85*times[full] else full
 
 # %% ../../nbs/networks/08_timings.ipynb #98a608e4
+def _processor():
+    "What the processor is called"
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [o.partition(':')[2].strip() for o in lines if o.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
 def key_of(
     model:nn.Module, # A network
     x:Tensor, # A batch of images as it wants them (N,C,H,W)
@@ -64,7 +71,7 @@ def key_of(
 ) -> str:
     "What a time depends on, as one short text"
     has = getattr(torch.cpu, 'get_capabilities', dict)()
-    machine = torch.cuda.get_device_name(x.device) if x.is_cuda else platform.processor()
+    machine = torch.cuda.get_device_name(x.device) if x.is_cuda else _processor()
     def settings(m): return m.extra_repr() if type(m).__module__.startswith('torch.nn.') else ''
     network = [(type(m).__module__, type(m).__qualname__, settings(m),
                 [tuple(p.shape) for p in m.parameters(recurse=False)]) for m in model.modules()]
@@ -114,8 +121,4 @@ def machine_name(
     "What computes: the name of the GPU, or that of the processor and its threads"
     device = torch.device(device)
     if device.type=='cuda': return torch.cuda.get_device_name(device)
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [o.partition(':')[2].strip() for o in lines if o.startswith('model name')]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f'{name}, {torch.get_num_threads()} threads'
+    return f'{_processor()}, {torch.get_num_threads()} threads'

@@ -198,14 +198,15 @@ def measure(self:Setup,
         report = learn.robustness(judge.attacks, judge.n, test_part(self.dls), judge.seed, dense, bf16=bf16,
                                   escalate=judge.escalate, budget=judge.budget, progress=sys.stderr.isatty())
         sweep = None if judge.sweep is None else _swept(learn, judge, bf16)
+        price = asdict(cost(learn.model, self.dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)))
+        device = machine_name(self.dls.device)
     n = len(test_part(self.dls).dataset)
     tick(1, passes=cell.pace*evaluation_passes(judge, n))
     is_parent = cell.compression.kind==cell.tuning.how=='none'
     taken = time.perf_counter()-start + parent_seconds*is_parent
-    example = self.dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)
-    row = judged(report, sweep, judge.by_sweep) | said_of(cell, judge) | asdict(cost(learn.model, example))
+    row = judged(report, sweep, judge.by_sweep) | said_of(cell, judge) | price
     row |= dict(seconds=round(taken, 3), training_seconds=round(parent_seconds if is_parent else seconds, 3),
                 epochs=(cell.parent if is_parent else cell.training).epochs if seconds or is_parent else 0,
                 batch_size=self.dls.train.bs, bf16=self.bf16, threads=self.threads,
-                device=machine_name(self.dls.device), network=type(learn.model).__name__)
+                device=device, network=type(learn.model).__name__)
     return {k: row.get(k) for k in row_columns}

@@ -18,7 +18,7 @@ from ..files import locked, with_patience
 beat,stale = 5.,60.     # seconds between touches, and after which a claim belongs to the dead
 
 def _read(file, default=''):
-    try: return Path(file).read_text()
+    try: return Path(file).read_text(encoding='utf-8')
     except OSError: return default
 
 def _place():
@@ -33,6 +33,7 @@ def _birth(pid):
 
 def _alive(pid, birth):
     "Is the process there, and the same?"
+    if os.name=='nt': return True       # to ask is to interrupt there; the dead stop touching their claims
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except OSError: return True
@@ -50,19 +51,25 @@ class Claim:
 
     def who(self) -> dict|None:
         "Whose claim it is; {} if that cannot be read, None if there is none"
-        try: return json.loads(self.file.read_text())
+        try: return json.loads(self.file.read_text(encoding='utf-8'))
         except FileNotFoundError: return None
         except (OSError, ValueError): return {}
 
     def dead(self, who) -> bool:
         "Is `who` gone?"
         if who.get('place')==_place() and not _alive(who['pid'], who['birth']): return True
+        try: return self.now()-self.file.stat().st_mtime>stale
+        except FileNotFoundError: return False
+
+    def now(self) -> float:
+        "Seconds by the clock of the file system; where nothing may be written, by that of this machine"
         clock = self.file.with_name(f'.{self.token}.clock')
         try:
             clock.touch()
-            return clock.stat().st_mtime-self.file.stat().st_mtime>stale
-        except FileNotFoundError: return False
-        finally: clock.unlink(missing_ok=True)
+            return clock.stat().st_mtime
+        except OSError: return time.time()
+        finally:
+            with suppress(OSError): clock.unlink(missing_ok=True)
 
 # %% ../../nbs/study/06_claims.ipynb #96e57f6c
 @patch
@@ -79,12 +86,22 @@ def _make(self:Claim):
     return True
 
 @patch
+def _bury(self:Claim, who):
+    "Take the claim of `who` away, and no other that somebody has made in the meantime"
+    grave = self.file.with_name(f'.{self.token}.dead')
+    try: os.rename(self.file, grave)
+    except FileNotFoundError: return
+    if (Claim(grave).who() or {}).get('token')!=who.get('token'):
+        with suppress(OSError): os.link(grave, self.file)
+    grave.unlink(missing_ok=True)
+
+@patch
 def take(self:Claim) -> bool: # Is it ours now?
     "Claim it, if nobody has, or nobody who lives"
     self.file.parent.mkdir(parents=True, exist_ok=True)
     with locked(self.file.parent):
         who = self.who()
-        if who is not None and self.dead(who): self.file.unlink(missing_ok=True)
+        if who is not None and self.dead(who): self._bury(who)
         self.mine = with_patience(self._make)
     return self.mine
 

@@ -42,6 +42,7 @@ def read_figures(
                          "as results.csv has them")
     for k in ('clean', 'robust'):
         shares = pd.to_numeric(df[k], errors='coerce')
+        if shares.isna().any(): raise ValueError(f"{path}: row {shares.isna().argmax()+1} has no number for {k}")
         if not shares.between(0, 1).all():
             raise ValueError(f"{path} has {k} accuracies outside 0 to 1: write .873, not 87.3")
     if not len(df): raise ValueError(f"{path} has no rows")
@@ -57,8 +58,7 @@ class Compared:
 
 def _called(data, path, depth):
     "The name of a study, with as many folders as tell it from others"
-    parts = path.resolve().with_suffix('').parts if path.is_file() else path.resolve().parts
-    return f"{data} ({'/'.join(parts[-depth:])})" if depth else data
+    return f"{data} ({'/'.join(path.resolve().parts[-depth:])})" if depth else data
 
 def read_compared(
     *paths, # Folders of studies, or CSV files

@@ -8,18 +8,20 @@ Docs: https://adverfine.github.io/adverfine/study/definitions.html.md"""
 __all__ = ['presets', 'value_of', 'network_with', 'preset_study', 'study_of_table', 'study_of_file', 'study_of_words']
 
 # %% ../../nbs/study/14_definitions.ipynb #7d87fdb6
-import importlib.util, json, sys, tomllib
+import ast, importlib.util, json, sys, tomllib
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from ..attacks.apgd import APGD
+from ..attacks.attack import Attack
 from ..attacks.autoattack import AutoAttack
 from ..attacks.fab import FAB
 from ..attacks.gradient import FGSM, FGSMRS, NFGSM, PGD
 from ..attacks.square import Square
 from ..networks.zoo import cnn8, resnet18_cifar
-from ..training.objectives import Madry, MART, TRADES
+from ..training.objectives import Madry, MART, Objective, TRADES
 from .names import named
 from .protocol import Compression, FineTune, Judge
 from .study import Study
@@ -49,7 +51,10 @@ def value_of(
         if cls is None: raise ValueError(f"{where} is a table without a kind, such as kind = 'PGD'")
         return _made(cls, said, where)
     rest = {k: v for k,v in said.items() if k!='kind'}
-    return _made(_kinds.get(said['kind']) or named(said['kind']), rest, where)
+    kind = _kinds.get(said['kind']) or named(said['kind'])
+    if not (isinstance(kind, type) and issubclass(kind, (Attack, Objective))):
+        raise ValueError(f"{where}: {said['kind']!r} is neither an attack nor an objective: use a class of either")
+    return _made(kind, rest, where)
 
 # %% ../../nbs/study/14_definitions.ipynb #234ec110
 def network_with(
@@ -131,22 +136,24 @@ def _option(text):
     "'width=16' as a name and a value"
     name,equals,value = text.partition('=')
     if not equals: raise ValueError(f"option {text!r} of a network: write it as name=value, such as width=16")
-    try: return name,json.loads(value)
-    except ValueError: return name,value
+    for read in json.loads, ast.literal_eval:
+        with suppress(ValueError, SyntaxError): return name,read(value)
+    return name,value
 
 def study_of_words(
     what:str=None, # A data set by name; or a file that ends in .py or .toml
     data=None, # Or a folder of images, or package.module:function
-    preset:str='quick', # 'quick', 'paper' or 'honest'
+    preset:str=None, # 'quick' (default), 'paper' or 'honest'
     network=(), # A name, and options such as 'width=16'
     **options # Of the preset, or fields of a `Study`
 ) -> Study:
     "The study that a command line describes"
     if what and what.endswith(('.py', '.toml')):
-        if said := [*(['data'] if data else []), *(['network'] if network else []), *options]:
+        if said := [*(['data'] if data else []), *(['network'] if network else []),
+                    *(['preset'] if preset else []), *options]:
             raise ValueError(f"{what} says all of it: leave {', '.join(said)} out, or write it there")
         return study_of_file(what)
     if (what is None)==(data is None):
         raise ValueError("name the images once: a data set, as in adverfine study digits, or --data FOLDER")
     if network: options['network'] = network_with(network[0], **dict(map(_option, network[1:])))
-    return preset_study(preset, what or data, **options)
+    return preset_study(preset or 'quick', what or data, **options)

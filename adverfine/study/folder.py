@@ -28,7 +28,7 @@ def loaded_json(
     path:Path, # A file of a study
 ):
     "What is in a JSON file; a `ValueError` that names the file if it is damaged"
-    try: return json.loads(path.read_text())
+    try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
 
 class StudyFolder:

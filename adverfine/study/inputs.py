@@ -55,7 +55,8 @@ def study_dls(
     if isinstance(images, DataLoaders): return images
     maker = images_maker(images, path, size)
     known = signature(maker).parameters
-    given = {k: v for k,v in options.items() if v is not None and k in known}
+    takes_all = any(o.kind==o.VAR_KEYWORD for o in known.values())
+    given = {k: v for k,v in options.items() if v is not None and (takes_all or k in known)}
     dls = maker(**given)
     if not isinstance(dls, DataLoaders):
         raise ValueError(f"{images!r} makes a {type(dls).__name__}: fastai DataLoaders are needed")

@@ -106,6 +106,6 @@ def forget_failures(self:Agenda):
 def reasons(self:Agenda) -> dict: # Name -> the last line of its traceback
     "Why jobs were given up"
     def last(name):
-        try: return (self.out/'failures'/f'{name}.txt').read_text().strip().rpartition('\n')[2]
+        try: return (self.out/'failures'/f'{name}.txt').read_text(encoding='utf-8').strip().rpartition('\n')[2]
         except OSError: return str(self.failed.get(name, ''))
     return {o: last(o) for o in self.jobs if o in self.given_up()}

@@ -47,7 +47,7 @@ def add_study_options(
     add('--data', metavar='FOLDER', help='images of your own, a folder for each class; or package.module:function')
     add('--network', nargs='+', metavar='NAME', help='cnn8, resnet18_cifar (with width=16, say), torchvision:NAME, '
         'timm:NAME or package.module:function')
-    add('--preset', default='quick', help='quick (default), paper (the protocol of arXiv 2403.09441) or honest')
+    add('--preset', help='quick (default), paper (the protocol of arXiv 2403.09441) or honest')
     add('--recipe', help='of the preset paper: reference (default), or recommended')
     add('--out', help='output folder; default: studies/NAME')
     add('--levels', type=float, nargs='*', help='shares of channels to prune, such as 0.5 0.9')

@@ -125,7 +125,8 @@ class FineTune:
     by_and_by:'FineTune|None'=None   # Takes its place where channels go by and by, with `cut` of a `Compression`
 
     def __post_init__(self):
-        if self.name is None: object.__setattr__(self, 'name', getattr(self.how, '__name__', self.how))
+        how = getattr(self.how, 'func', self.how)       # of a `partial`
+        if self.name is None: object.__setattr__(self, 'name', getattr(how, '__name__', how))
         _check_tuning(self)
         _check_optimizer(self)
 

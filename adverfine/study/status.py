@@ -56,7 +56,8 @@ def study_status(
     claims = claims_in(path/'claims')
     running = {k: who for k,who in claims.items() if not Claim(path/'claims'/k).dead(who)}
     failures = sorted((path/'failures').glob('*.txt'))
-    failed = {o.stem: (o.read_text().strip().splitlines() or [''])[-1] for o in failures if o.stem not in running}
+    said = {o.stem: o.read_text(encoding='utf-8').strip() for o in failures if o.stem not in running}
+    failed = {k: v.rpartition('\n')[2] for k,v in said.items()}
     waiting = tuple(o for o in cells if o not in {*done, *running, *failed})
     pace = _pace([files[o] for o in done])
     return StudyStatus(path, done, waiting, running, failed, pace and pace*(len(cells)-len(done)) or None)

@@ -25,9 +25,9 @@ from ..training.acceleration import trains_faster_in_bf16
 from .names import described
 from .protocol import Cell, Compression, evaluation_passes, FineTune, Judge, training_passes
 from .inputs import check_fit, images_described, images_name, network_maker, study_dls, test_part
-from .rows import versions
+from .rows import as_table, versions
 from .cells import Setup
-from .folder import CellFiles, ParentFiles, StudyFolder
+from .folder import CellFiles, loaded_json, ParentFiles, StudyFolder
 from .claims import claims_in
 from .jobs import Agenda, Job
 from .engines import engine_named, Serial
@@ -245,6 +245,6 @@ class _View:
 def write_results(self:Study) -> pd.DataFrame:
     "Write `results.csv` from all the cells that are finished, those of other processes too"
     with locked(self.out):
-        df = self.results()
-        write_atomic(self.out/'results.csv', df.to_csv(index=False))
-    return df
+        files = [self.cell_files.path/f'{o}.json' for o in StudyFolder(self.out).planned()]
+        write_atomic(self.out/'results.csv', as_table(loaded_json(o) for o in files if o.exists()).to_csv(index=False))
+    return self.results()

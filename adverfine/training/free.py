@@ -33,8 +33,8 @@ class FreeAdversarialTraining(AdversarialBatches):
         norm:str='linf', # 'linf', 'l2', 'l1' or 'l0'
         clamp:bool=True, # Keep images in [0,1]?
     ):
-        if not replays>=2:
-            raise ValueError(f"replays={replays} must be 2 or more: with less, no batch is ever attacked")
+        if not (isinstance(replays, int) and replays>=2):
+            raise ValueError(f"replays={replays} must be whole, 2 or more: with less, no batch is ever attacked")
         self.attack = FGSM(eps, norm=norm, clamp=clamp)
         self.replays = replays
 

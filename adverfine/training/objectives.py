@@ -55,6 +55,10 @@ class Objective:
 # %% ../../nbs/training/01_objectives.ipynb #00017b9c
 def _kl(p, logits): return F.kl_div(logits.log_softmax(1), p, reduction='batchmean')
 
+def _kl_each(clean, adv):
+    "Divergence of each image's two answers, logits both; its gradient is finite where a probability is 0, too"
+    return (clean.softmax(1)*(clean.log_softmax(1)-adv.log_softmax(1))).sum(1)
+
 def _check_soft(objective, attack):
     if not attack.soft:
         raise ValueError(f"{type(objective).__name__} crafts away from probabilities, which {attack.name} "
@@ -78,7 +82,8 @@ class TRADES(Objective):
 
     def check(self, attack):
         _check_soft(self, attack)
-        if isinstance(attack, FGSM) or not getattr(attack, 'random_start', True):
+        inner = getattr(attack, 'attack', attack)       # of `EOT`
+        if isinstance(inner, FGSM) or not getattr(inner, 'random_start', True):
             raise ValueError(f"TRADES with {attack}: at the clean image its divergence has no gradient, "
                              "so take an attack with a random start, such as PGD, FGSMRS or NFGSM")
 
@@ -86,7 +91,7 @@ class TRADES(Objective):
     def target(self, model, x, y):
         with evaluating(model): return model(x).float().softmax(1)
 
-    def __call__(self, adv, clean, y, target, base): return base(clean, y) + self.beta*_kl(clean.softmax(1), adv)
+    def __call__(self, adv, clean, y, target, base): return base(clean, y) + self.beta*_kl_each(clean, adv).mean()
 
 # %% ../../nbs/training/01_objectives.ipynb #320e174d
 class MART(Objective):
@@ -108,8 +113,7 @@ class MART(Objective):
         rival = logp.masked_fill(label, -torch.inf).argmax(1)
         others = logp.masked_fill(F.one_hot(rival, adv.shape[1]).bool(), -torch.inf).logsumexp(1)
         p = clean.softmax(1)
-        kl = F.kl_div(logp, p, reduction='none').sum(1)
-        return (-logp[label] - others + self.lam*kl*(1-p[label])).mean()
+        return (-logp[label] - others + self.lam*_kl_each(clean, adv)*(1-p[label])).mean()
 
 # %% ../../nbs/training/01_objectives.ipynb #10b8e307
 class RSLAD(Objective):

@@ -10,7 +10,7 @@ __all__ = ['AWP']
 # %% ../../nbs/training/08_perturbation.ipynb #5112bb0d
 import torch
 from torch.func import functional_call
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from fastai.callback.core import Callback
 from ..networks.modes import bare
 from .adversarial import adversarial_training_of
@@ -28,10 +28,13 @@ class AWP(Callback):
         if not gamma>0:
             raise ValueError(f"gamma={gamma} must be positive: it is how far weights move, in units of their norm; "
                              ".005 to .01 is usual")
+        if not 0<=start<=1: raise ValueError(f"start={start} must lie between 0 and 1: it is a share of the training")
         store_attr()
 
     def before_fit(self): self.adversarial = adversarial_training_of(self)
-    def before_batch(self): self.random_state = torch.get_rng_state()
+    def before_batch(self):
+        self.random_state = torch.get_rng_state()
+        self.gpu_states = {o.device: torch.cuda.get_rng_state(o.device) for o in self.xb if o.is_cuda}
 
     def after_pred(self):
         if self.learn.pct_train<self.start: return
@@ -48,10 +51,13 @@ class AWP(Callback):
             if g is not None: moved[n] = p + (g*(self.gamma*p.norm()/g.norm().clamp_min(1e-12))).detach()
         return moved
 
-    def _predict_with(self, weights):
-        "What the network predicts with other `weights`; its buffers and the random numbers do not notice"
-        network = bare(self.model)
-        buffers = {n: b.clone() for n,b in network.named_buffers()}
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.random_state)
-            return functional_call(network, weights | buffers, tuple(self.xb))
+# %% ../../nbs/training/08_perturbation.ipynb #9df1f17f
+@patch
+def _predict_with(self:AWP, weights):
+    "What the network predicts with other `weights`; its buffers and the random numbers do not notice"
+    network = bare(self.model)
+    buffers = {n: b.clone() for n,b in network.named_buffers()}
+    with torch.random.fork_rng(devices=list(self.gpu_states)):
+        torch.set_rng_state(self.random_state)
+        for gpu,state in self.gpu_states.items(): torch.cuda.set_rng_state(state, gpu)
+        return functional_call(network, weights | buffers, tuple(self.xb))

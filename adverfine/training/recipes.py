@@ -9,6 +9,7 @@ __all__ = ['by_and_by_from', 'compress']
 
 # %% ../../nbs/training/10_recipes.ipynb #fe00cc28
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
@@ -17,6 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
 import adverfine.compression.quantization, adverfine.evaluation.robustness  # noqa: F401 verbs of a Learner
+from ..files import check_place
 from ..attacks.attack import Attack
 from ..attacks.gradient import FGSMRS, PGD
 from ..compression.pruning import StructuredPruning
@@ -58,6 +60,7 @@ def _check_request(path, out, prune, bits, epochs, eps, adversarial):
                          "give it, or adversarial=False")
     if Path(path).resolve()==Path(out).resolve():
         raise ValueError(f"{out} is where the network comes from: give another folder")
+    check_place(out, is_folder=True)
 
 def _loaded_learner(path, dls, factory):
     "A Learner for the network in the folder `path`, with DataLoaders that normalise as it wants"
@@ -118,9 +121,10 @@ def compress(
             fit['cbs'] += [EpsilonWarmup(.5)]*slowly
             learn.adversarial_fine_tune(epochs, eps, **fit)
         elif epochs: learn.fit_one_cycle(epochs, fit['lr'], cbs=fit['cbs'])
+        save = partial(learn.save_compressed, out, factory or made['factory'], **{} if factory else made['kwargs'])
+        save()                        # what is trained is not lost where an evaluation is broken off
         if eps is not None:
             options = dict(seed=seed, progress=progress, parent=parent, escalate=escalate)
             report = learn.robustness(PGD(eps, steps=20), **options | kwargs)
-    arguments = {} if factory else made['kwargs']
-    learn.save_compressed(out, factory=factory or made['factory'], report=report, **arguments)
+            save(report=report)
     return report

@@ -21,7 +21,7 @@ from .attacks.fab import FAB
 from .attacks.fmn import FMN
 from .attacks.square import Square
 from .attacks.autoattack import AutoAttack
-from .attacks.surrogates import Rescaled, Smoothed, StraightThrough
+from .attacks.surrogates import Rescaled, StraightThrough
 from .compression.importance import Taylor
 from .compression.plan import PruningPlan
 from .compression.pruning import StructuredPruning, prune

@@ -15,6 +15,7 @@ from adverfine.attacks.saturated import PGDPlusPlus
 from adverfine.attacks.apgd import APGD
 from adverfine.attacks.fab import FAB
 from adverfine.attacks.fmn import FMN
+from adverfine.attacks.square import Square
 from adverfine.attacks.autoattack import AutoAttack
 from adverfine.attacks.scoring import score
 from adverfine.attacks.standing import Standing
@@ -229,3 +230,17 @@ def test_the_adaptive_version_attacks_networks_of_few_classes(classes):
     def stand(attack): return (model(attack(model, x, y)).argmax(1)==y).sum().item()
     eps = .02
     assert 0<stand(AutoAttack(eps, version='adaptive'))<=stand(PGD(eps, steps=20))<40
+
+def test_a_tie_is_no_error_that_the_search_may_leave_at():
+    "Whole-number logits tie, and the first class has it: the image stands, and is searched on"
+    asked = []
+    def ties(x): return asked.append(len(x)) or torch.ones(len(x), 2)
+    x,y = torch.full((3, 1, 4, 4), .5),torch.zeros(3, dtype=torch.long)
+    Square(.1, queries=7)(ties, x, y, torch.Generator().manual_seed(0))
+    assert asked.count(3)>=8
+
+def test_a_function_that_detaches_its_input_is_told_what_to_do():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    x,y = torch.rand(2, 1, 4, 4),torch.tensor([0, 1])
+    for attack in PGD(.1),PGDPlusPlus(.1),AutoAttack(.1, version='adaptive'):
+        with pytest.raises(ValueError, match='gives no gradients'): attack(lambda x: net(x.detach()), x, y)

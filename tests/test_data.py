@@ -3,6 +3,7 @@ import gzip, os, pickle, struct
 import numpy as np, pytest, torch
 from PIL import Image
 from adverfine.data.images import image_dls
+from adverfine.data.folders import folder_dls
 from adverfine.data.sources import cifar10_dls, cifar_vocab, digits_dls, fashion_mnist_dls
 import fastai.callback.progress  # noqa: F401 verbs of a Learner
 
@@ -180,3 +181,18 @@ def test_the_name_of_a_set_stays_with_its_images():
     assert digits_dls(name='mine', n_train=100).train.dataset.name=='mine'
     x,y = torch.rand(10, 1, 4, 4),torch.arange(10)
     assert image_dls((x, y), (x, y)).test.dataset.name==''
+
+def test_folders_of_parts_by_other_names(tmp_path):
+    for part in ('Training', 'Test'):
+        for kind in ('a', 'b'):
+            (tmp_path/part/kind).mkdir(parents=True)
+            for k in range(4): Image.new('L', (6, 6), 60*k).save(tmp_path/part/kind/f'{k}.png')
+    dls = folder_dls(tmp_path, valid_pct=.25)
+    assert list(dls.vocab)==['a', 'b'] and [len(o.dataset) for o in dls.loaders]==[6, 2, 8]
+    with pytest.raises(ValueError, match='size=0: images have 1 pixel'): folder_dls(tmp_path, size=0)
+
+def test_images_of_mixed_kinds_are_refused():
+    x,y = torch.randint(256, (9, 1, 4, 4), dtype=torch.uint8),torch.arange(9)%3
+    for other in x/255,x[:,:,:3]:
+        with pytest.raises(ValueError, match='differ in kind or shape'): image_dls((x, y), (other, y))
+    with pytest.raises(ValueError, match='labels must be whole numbers'): image_dls((x, y/2), (x, y))

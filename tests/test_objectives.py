@@ -90,3 +90,9 @@ def test_a_frozen_copy_is_a_parent():
     with torch.no_grad():
         for p in learn.model.parameters(): p.add_(1)
     assert all(torch.equal(a, b) for a,b in zip(before, parent.parameters()))
+
+@pytest.mark.parametrize('objective', [TRADES(), MART()])
+def test_gradients_are_finite_where_a_probability_is_zero(objective):
+    far = torch.tensor([[200., 0, -200], [0, 300, 0]], requires_grad=True)          # as few bits make them
+    objective(far+1, far, torch.tensor([0, 1]), None, base).backward()
+    assert torch.isfinite(far.grad).all()

@@ -5,6 +5,7 @@ from torch import nn
 from adverfine.threat import ThreatModel
 from adverfine.attacks.triage import Triage
 from adverfine.attacks.gradient import FGSM, PGD
+from adverfine.attacks.square import Square
 from adverfine.attacks.scoring import Scorer
 from adverfine.evaluation.escalation import check_budget
 from adverfine.evaluation.robustness import check_alone, evaluate
@@ -64,8 +65,9 @@ def test_what_is_interrupted_again_and_again_comes_to_the_same(toy, tmp_path, kw
         again = 2000 if kw.get('thorough') else 0        # queries of Square, of a batch that was not finished
         assert len(calls)<=(1.15-share)*n+looks+again and _facts(report)==_facts(whole)
 
-@pytest.mark.parametrize('what,differs', [('images', 'images'), ('labels', 'images'), ('weights', 'weights'),
-    ('attacks', 'attacks'), ('seed', 'seed'), ('escalate', 'escalate'), ('thorough', 'thorough'), ('bs', 'bs')])
+@pytest.mark.parametrize('what,differs', [('images', 'answers, images'), ('labels', 'images'),
+    ('weights', 'answers, weights'), ('attacks', 'attacks'), ('seed', 'seed'), ('escalate', 'escalate'),
+    ('thorough', 'thorough'), ('bs', 'bs')])
 def test_a_folder_of_another_evaluation_is_refused(toy, tmp_path, what, differs):
     _evaluate(toy, state=tmp_path)
     before = (tmp_path/'state.safetensors').read_bytes()
@@ -78,6 +80,13 @@ def test_a_folder_of_another_evaluation_is_refused(toy, tmp_path, what, differs)
     with pytest.raises(ValueError, match=f'holds another evaluation .{differs} differ.: name another folder'):
         _evaluate((net, x, y), state=tmp_path, **kw)
     assert (tmp_path/'state.safetensors').read_bytes()==before
+
+def test_functions_are_told_apart_by_what_they_say(toy, tmp_path):
+    "They have no weights to look at, as an ONNX file has none"
+    net,x,y = toy
+    _evaluate((lambda x: net(x).detach(), x, y), attacks=Square(.1, queries=3), state=tmp_path)
+    with pytest.raises(ValueError, match='holds another evaluation .answers differ.'):
+        _evaluate((lambda x: net(x).detach().flip(1), x, y), attacks=Square(.1, queries=3), state=tmp_path)
 
 def test_a_damaged_state_and_a_file_for_a_folder(toy, tmp_path):
     _evaluate(toy, state=tmp_path/'a'/'b')

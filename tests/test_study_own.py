@@ -4,7 +4,9 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from adverfine.cli import main
 from adverfine.attacks.gradient import PGD
+from adverfine.study.comparison import compare
 from adverfine.study.folder import read_study
+from adverfine.study.names import disagreement
 from adverfine.study.protocol import Compression, FineTune, Judge
 from adverfine.study.study import Study
 
@@ -81,3 +83,23 @@ def test_loggers_that_the_user_passes_see_each_training(tmp_path):
         events = EventAccumulator(str(folder)).Reload()
         steps.append(max(o.step for o in events.Scalars('train_loss')))
     assert steps==[8, 4, 4]          # a parent of two epochs and two fine-tunings of one, in batches of 64
+
+def test_a_file_calls_no_function_that_is_no_attack(tmp_path, capsys):
+    (tmp_path/'own.toml').write_text('data = "digits"\nnetwork = "cnn8"\nparents = [{how = "standard"}]\n'
+        'compressions = []\nfine_tunings = [{how = "adversarial", attack = {kind = "os:system", command = "true"}}]\n'
+        'judge = {attacks = [{kind = "PGD", eps = 0.1}]}\n')
+    assert main(['study', str(tmp_path/'own.toml')])==2
+    assert 'neither an attack nor an objective' in capsys.readouterr().err
+
+def test_calls_with_and_without_an_argument_differ():
+    "resnet18_cifar with and without a width are two networks; an older protocol without a field is the same"
+    there = dict(network=dict(kind='a:net', width=16), judge=dict(n=3))
+    assert disagreement(there, dict(network=dict(kind='a:net'), judge=dict(n=3, seed=0)))
+    assert not disagreement(there, dict(network=dict(kind='a:net', width=16), judge=dict(n=3, seed=0)))
+
+def test_studies_of_one_name_are_compared(tmp_path):
+    rows = 'parent,compression,level,fine_tuning,clean,robust\nstandard,prune,0.5,none,0.9,0.1\n'
+    for name in 'a.csv','a.txt': (tmp_path/name).write_text(rows)
+    assert len({*compare(tmp_path/'a.csv', tmp_path/'a.txt').columns[-2:]})==2
+    (tmp_path/'a.txt').write_text(rows.replace('0.1', ''))
+    with pytest.raises(ValueError, match='row 1 has no number for robust'): compare(tmp_path/'a.csv', tmp_path/'a.txt')

@@ -179,8 +179,9 @@ def run(self:Scorer,
 ) -> Run:
     "Attack what still stands"
     while any(o.name==name for o in self.runs[:self.seen]): name += "'"
-    self.seen += 1
-    if self.seen<=len(self.runs): return self.runs[self.seen-1]
+    if self.seen<len(self.runs):
+        self.seen += 1
+        return self.runs[self.seen-1]
     now = self.under_way
     if now is None or now['name']!=name:
         stand = self.stands.nonzero()[:,0]
@@ -197,7 +198,7 @@ def run(self:Scorer,
         since,asked.passes = time.perf_counter(),0
         self.after_batch(self)
     self.runs.append(Run(name, len(idxs), now['fell'], self.robust, now['passes'], now['seconds']))
-    self.under_way = None
+    self.seen,self.under_way = len(self.runs),None
     return self.runs[-1]
 
 # %% ../../nbs/attacks/02_scoring.ipynb #4c613778

@@ -183,3 +183,13 @@ def test_the_command_line_pushes_and_pulls(hub, learn, tmp_path):
 def test_without_the_library_the_extra_is_named(learn, monkeypatch):
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     with pytest.raises(ImportError, match=r"adverfine\[hub\]"): from_hub('me/small')
+
+def test_without_a_network_one_sentence_says_so(hub, learn, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
+    with pytest.raises(OSError, match='me/small cannot be pushed to .*look at name, revision and network'):
+        learn.push_to_hub('me/small', token='secret')
+
+def test_what_everybody_sees_is_not_private(hub, learn):
+    learn.push_to_hub('me/small', token='secret')
+    with pytest.raises(OSError, match='me/small is there already, and everybody sees it'):
+        learn.push_to_hub('me/small', token='secret', private=True)

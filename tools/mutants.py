@@ -405,7 +405,7 @@ def report(found, out):
         w.writeheader(); w.writerows(rows)
     for o in rows:
         if o['fate']=='survived':
-            print(f"\nadverfine/{o['module']}.py:{o['line']}, cell {o['cell']}\n- {o['before']}\n+ {o['after']}")
+            print(f"\n{path_of(o['module'])}:{o['line']}, cell {o['cell']}\n- {o['before']}\n+ {o['after']}")
     print(f"\n{'module':14}{'mutants':>8}{'killed':>8}{'benign':>8}{'survived':>9}{'share':>7}")
     for module in dict.fromkeys(o['module'] for o in rows):
         n = Counter(o['fate'] for o in rows if o['module']==module)

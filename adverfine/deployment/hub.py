@@ -66,7 +66,7 @@ def _one_sentence(repo_id, verb):
     errors = _hub().errors
     try: yield
     except errors.HFValidationError as e: raise ValueError(f"{repo_id!r} names no repository: write owner/name") from e
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.LocalTokenNotFoundError) as e:
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.LocalTokenNotFoundError) as e:
         said = ' '.join(str(e).split())
         raise OSError(f"{repo_id} cannot be {verb} ({said}): "
                       "look at name, revision and network, and at `hf auth whoami`") from e
@@ -92,6 +92,8 @@ def push_folder(
         (Path(tmp)/'README.md').write_text(text, encoding='utf-8')
         (Path(tmp)/'config.json').write_text(json.dumps(_config(record), indent=1), encoding='utf-8')
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.repo_info(repo_id).private:
+            raise OSError(f"{repo_id} is there already, and everybody sees it: name another, or leave private out")
         return api.upload_folder(repo_id=repo_id, folder_path=tmp, commit_message=message, revision=revision,
                                  delete_patterns='model-*.safetensors').oid
 

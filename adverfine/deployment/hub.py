@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from torch import nn
 from fastcore.basics import patch
 from fastai.learner import Learner
+from ..data.sources import data_sets
 from .checkpoint import compressed_info, load_compressed, read_weights, weights_file
 
 # %% ../../nbs/deployment/06_hub.ipynb #d2d04eed
@@ -44,13 +45,13 @@ def hub_card(
     text:str, # Its card
     name:str, # Of the repository, without its owner
     **fields # Further ones of the head, such as `license='mit'`, `datasets=['mnist']` (default: what the report was
-             # measured on), `base_model='me/large'`
+             # measured on, if it is known by name here), `base_model='me/large'`
 ) -> str: # Markdown behind YAML
     "A card with the head that the Hub reads"
     results = _results(record['report'])
     said = dict(library_name='adverfine', pipeline_tag='image-classification',
                 tags=['adversarial-robustness', 'model-compression', 'image-classification'],
-                datasets=[o.dataset_name for o in results[:1] if record['report'].get('data')] or None)
+                datasets=[o.dataset_name for o in results[:1] if o.dataset_name in data_sets] or None)
     head = _hub().ModelCardData(model_name=name, eval_results=results or None, **said | fields)
     return f'---\n{head.to_yaml()}\n---\n\n{text}'
 

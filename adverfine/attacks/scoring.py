@@ -183,7 +183,7 @@ def run(self:Scorer,
         self.seen += 1
         return self.runs[self.seen-1]
     now = self.under_way
-    if now is None or now['name']!=name:
+    if now is None or now.get('name')!=name:
         stand = self.stands.nonzero()[:,0]
         idxs = stand[spread(len(stand), n)].tolist()
         self.under_way = now = dict(name=name, idxs=idxs, done=0, fell=0, passes=0, seconds=0.)

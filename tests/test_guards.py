@@ -1,5 +1,4 @@
 "Each guard on the smallest network that it must, and must not, complain of"
-from collections import Counter
 from dataclasses import dataclass
 import pytest, torch, torchattacks
 from torch import nn
@@ -10,7 +9,7 @@ from adverfine.attacks.apgd import APGD
 from adverfine.attacks.square import Square
 from adverfine.attacks.torchattacks import TorchAttack
 from adverfine.attacks.triage import Triage
-from adverfine.attacks.scoring import Scorer, spread
+from adverfine.attacks.scoring import Scorer
 from adverfine.attacks.surrogates import Rescaled
 from adverfine.evaluation.cases import Case, Guard, guards
 from adverfine.evaluation.guards import _by_margin, inspect
@@ -106,19 +105,17 @@ def test_a_random_network_is_attacked_on_the_average():
 def test_accuracy_that_an_attack_costs(thorough):
     net,n = _linear(),600
     case = _case(net, n, fallen=20, thorough=thorough)
-    case.judge.x[::2,:,:1,:1] = .7            # every second one falls
+    case.judge.x[310:,:,:1,:1] = .7           # half of those that stand will fall, and half of a sample of them
     seen.clear()
     tried = 580 if thorough else 128
-    i = 20+spread(580, tried)
-    fall = i[i%2==0]
-    assert .4<len(fall)/tried<.6
-    assert case.take('x', Blacken(1.), .01)==pytest.approx((len(fall)/tried*580/600, 580/600/tried))
+    assert case.take('x', Blacken(1.), .01)==pytest.approx((.5*580/600, 580/600/tried))
     assert sum(o[1] for o in seen)==tried and max(o[1] for o in seen)<=256
     assert all(o[0].network is net and o[0].through is None for o in seen)
-    assert case.judge.robust==(580-len(fall))/600                                   # and is paid at once
+    assert case.judge.robust==(580-tried/2)/600                                   # and is paid at once
     outcomes = case.judge.outcomes
-    assert outcomes.count('guard x')==len(fall) and all(outcomes[k]=='guard x' for k in fall)
-    assert not any(case.judge.stands[fall]) and all(case.judge.stands[21:600:2])
+    fall = [20+k*580//tried for k in range(tried//2, tried)]
+    assert outcomes.count('guard x')==tried/2 and all(outcomes[k]=='guard x' for k in fall)
+    assert not any(case.judge.stands[fall]) and all(case.judge.stands[20:310])
     case.judge.stands[:] = False
     assert case.take('x', Blacken(1.), .01)==(0, 0)
     case.judge.stands[:] = True
@@ -197,7 +194,7 @@ def test_determinism():
     # it is the share of the logits that counts
     assert _value('determinism', _case(late(1., 1000.)))==pytest.approx(.001, rel=.01)
     value,says = _measure('determinism', _case(late(5.)))
-    assert value==1. and says.startswith('between 7 and 8 of 8')
+    assert value==float('inf') and says.startswith('between 7 and 8 of 8')
     assert _value('determinism', _case(Then(lambda x: torch.zeros(len(x), 3))))==0
 
 @pytest.mark.parametrize('z,flagged', [([.7, .2, .1], 1), ([1., 0, 0], 1), ([.7, .2, .2], 0), ([1.5, -.5, 0], 0),
@@ -325,8 +322,12 @@ def test_surrogate():
     assert set(case.surrogates)=={'straight through', 'inside'} and case.has_way_around
     value,says,_ = _measure('surrogate', case)
     assert value==1 and 'a surrogate (straight through) take 1.0000' in says
-    fell = Counter(case.judge.outcomes)
-    assert fell=={'guard surrogate, straight through': 128, 'guard surrogate, inside': 128, 'stands': 44}
+    first = {k*300//128 for k in range(128)}
+    rest = [k for k in range(300) if k not in first]
+    then = {rest[k*172//128] for k in range(128)}
+    said = ['guard surrogate, straight through' if k in first else 'guard surrogate, inside' if k in then else 'stands'
+            for k in range(300)]
+    assert case.judge.outcomes==said and said.count('stands')==44
     assert _value('surrogate', _case(_rounding(_linear()), gap=.2))==0
     assert _measure('surrogate', _case(_linear())) is None
     assert _measure('surrogate', _case(nn.Sequential(_linear()))) is None          # the same gradients inside

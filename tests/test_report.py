@@ -419,3 +419,8 @@ def test_networks_beside_a_deployed_one_are_in_eval_mode():
     kept = fake[0].running_mean.clone()
     evaluate(lambda x: _toy()(x).detach(), toy_x, toy_y, [first], fake_quantized=fake, progress=False)
     assert torch.equal(kept, fake[0].running_mean) and fake[0].training
+
+def test_what_is_infinite_is_no_number_in_json():
+    found = Finding('determinism', False, float('inf'), 1e-4, 'random', 'here', 'masking', 'EOT')
+    record = json.loads(replace(_report(), findings=(found,)).to_json(), parse_constant=lambda o: pytest.fail(o))
+    assert record['findings'][0]['value'] is None

@@ -9,6 +9,7 @@ __all__ = ['inspect', 'determinism', 'probabilities', 'gradients', 'zero_gradien
            'scaled_margin', 'convergence', 'surrogate', 'transfer', 'black_box']
 
 # %% ../../nbs/evaluation/01_guards.ipynb #3344a630
+import math
 from dataclasses import replace
 import torch
 from ..networks.modes import evaluating, frozen
@@ -40,7 +41,7 @@ _checks = 'auto-attack, checks.py; arXiv 2003.01690'
 def determinism(case):
     moved,counts = case.moved()
     if len(set(counts))>1:
-        return 1.,(f"between {min(counts)} and {max(counts)} of {len(case.some()[0])} images are right "
+        return math.inf,(f"between {min(counts)} and {max(counts)} of {len(case.some()[0])} images are right "
                              "in five passes over the same images: the network is random")
     return moved,f"normalised logits move by {moved:.1e} in five passes over the same images"
 

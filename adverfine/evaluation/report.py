@@ -8,7 +8,7 @@ Docs: https://adverfine.github.io/adverfine/evaluation/report.html.md"""
 __all__ = ['page_css', 'interval', 'RobustnessReport', 'Drawing', 'png_tag', 'robustness_page']
 
 # %% ../../nbs/evaluation/03_report.ipynb #8d3a7e55
-import base64, io, json
+import base64, io, json, math
 from dataclasses import dataclass, field
 from html import escape
 import pandas as pd
@@ -135,7 +135,8 @@ def to_json(self:RobustnessReport,
     keys = ('clean robust clean_ci robust_ci n data split took passes seconds crafted bf16 verdict meaning reasons '
             'remedies escalated broken left_out labels outcomes curve vocab')
     record = {k: getattr(self, k) for k in keys.split()}
-    record |= dict(left=self.robust_after, threat=vars(self.threat), findings=[vars(o) for o in self.findings],
+    findings = [vars(o) | dict(value=o.value if math.isfinite(o.value) else None) for o in self.findings]
+    record |= dict(left=self.robust_after, threat=vars(self.threat), findings=findings,
                    attacks=[dict(name=a.name, settings=repr(a)) for a in self.attacks],
                    per_class=self.per_class().reset_index().to_dict('records'))
     text = json.dumps(record, indent=1)
@@ -146,8 +147,7 @@ def to_json(self:RobustnessReport,
 class Drawing(Figure):
     "A figure that a notebook shows, whether or not pyplot has drawn anything before"
     def _repr_png_(self):
-        buffer = io.BytesIO()
-        self.savefig(buffer, format='png')
+        self.savefig(buffer := io.BytesIO(), format='png')
         return buffer.getvalue()
 
 # %% ../../nbs/evaluation/03_report.ipynb #aa83cd33

@@ -6,9 +6,11 @@ numbers in pages from results/ (see measured.py).
 """
 import json, re, sys, tomllib
 from pathlib import Path
-from measured import marked, with_numbers
 
 root = Path(__file__).resolve().parents[1]
+sys.path.append(str(root/'tools'))   # with PYTHONSAFEPATH, a script's folder is not on the path
+from measured import marked, with_numbers   # noqa: E402
+
 nbs = root/'nbs'
 wings = tomllib.loads((nbs/'wings.toml').read_text(encoding='utf-8'))
 

@@ -8,6 +8,7 @@ from adverfine.study.folder import read_study
 from adverfine.study.page import in_words, write_report
 from adverfine.study.presets import recommended
 from adverfine.study.tables import accuracy_table, plot_study
+from adverfine.study.tradeoff import plot_tradeoff
 from fabricated import evil, fabricate, until, Words
 
 root = Path(__file__).resolve().parents[1]
@@ -89,7 +90,7 @@ def test_a_table_is_sorted_by_click_and_by_keyboard(opened, page):
     tab.get_by_role('button', name='compression').press('Space')
     assert tab.locator('th[aria-sort]').count()==1
     words = column(tab, 'compression')
-    assert words.index('1 bit')<words.index('8 bits')<words.index('50% of channels')
+    assert words.index('1 bit')<words.index('8 bits')<words.index('pruned 50%')
 
 def test_a_table_is_filtered(opened, page):
     tab = opened(page)
@@ -119,7 +120,7 @@ def test_points_say_what_they_are(opened, page, folder):
     said = tab.locator('#said').inner_text()
     assert said.startswith('clean, not fine-tuned: standard parent, not compressed') and '1 seed: trusted' in said
     tab.keyboard.press('End')
-    assert tab.locator('#said').inner_text().startswith('robust, not fine-tuned: standard parent, 90% of channels')
+    assert tab.locator('#said').inner_text().startswith('robust, not fine-tuned: standard parent, pruned 90%')
     assert label.text_content() and tab.said==[]
 
 def test_curves_are_hidden_and_prices_chosen(opened, page):
@@ -183,12 +184,14 @@ def test_the_policy_stops_what_would_have_got_in(opened, page, tmp_path):
 def test_a_page_says_how_and_what_is_doubtful(folder):
     html = write_report(folder, interactive=False)['report.html'].read_text()
     assert '<script' not in html and not re.search('https?:', html)
+    assert html.count('<img alt="')==2 and html.index('What it costs')<html.index('with its MACs, bytes')
     said,df = Words(html).text,read_study(folder).df
     assert in_words(folder) in said and '21 of 42 cells are trusted' in said and (df.verdict=='trusted').sum()==21
     section = said[said.index('What did not converge, and why'):said.index('by fine-tuning')]
     found = [int(o) for o in re.findall(r'reason (\d+)', section)]
     assert found==[k for k in range(42) if df.verdict[k]!='trusted']
-    assert all((folder/o).stat().st_size for o in ('figure.png', 'figure.svg', 'results.csv'))
+    files = 'figure.png', 'figure.svg', 'tradeoff.png', 'tradeoff.svg', 'results.csv'
+    assert all((folder/o).stat().st_size for o in files)
 
 def test_the_extra_is_named_where_it_is_missing(folder, monkeypatch):
     def nothing(name): return None
@@ -205,6 +208,13 @@ def test_hollow_means_not_trusted(folder):
     assert sum(n for fill,n in points if fill=='white')==(first.verdict!='trusted').sum()>0
     assert sum(n for fill,n in points if fill!='white')==len(first)+(first.verdict=='trusted').sum()
 
+def test_the_tradeoff_has_a_point_for_each_network(folder):
+    df = read_study(folder).df
+    ax,*prices = plot_tradeoff(df).axes
+    points = [(x, o.get_markerfacecolor()!='white') for o in ax.lines if o.get_marker() in 'oD' for x in o.get_xdata()]
+    assert sorted(points)==sorted(zip(df.robust, df.verdict=='trusted'))
+    assert len(prices)==3 and all(len(o.patches)==len(ax.get_yticks())==df.label.nunique() for o in prices)
+
 def test_fine_tunings_of_any_name_are_shown(tmp_path):
     tunings = ['none', *recommended(.1, 2, 1e-3)]
     object.__setattr__(tunings[2], 'name', 'mine')
@@ -219,7 +229,7 @@ def test_a_study_beside_the_figures_of_a_paper(tmp_path):
                      'standard,quantize,1,adversarial,.10,.10\nstandard,prune,0.7,adversarial,.850,.795\n')
     table = compare(*paths, paper)
     assert list(table)[3:]==['digits (here)', 'digits (there)', 'reference'] and len(table)==43
-    row = table.query("compression=='50% of channels' and `fine-tuning`=='adversarial' and parent=='standard'").iloc[0]
+    row = table.query("compression=='pruned 50%' and `fine-tuning`=='adversarial' and parent=='standard'").iloc[0]
     same = "label=='prune-0.5' and fine_tuning=='adversarial' and parent=='standard'"
     first = read_study(paths[0]).df.query(same).iloc[0]
     assert row.reference=='86.6 / ≤81.1' and row['digits (here)'].startswith(f'{first.clean*100:.1f} [')

@@ -34,7 +34,7 @@ def test_a_folder_and_a_network_by_name(pets, network, capsys):
     dense,pruned,joint = (df[df.label==o].iloc[0] for o in ('none-0', 'prune-0.5', 'prune-0.25-quantize-8'))
     assert pruned.params<dense.params/2 and joint.bytes<dense.bytes/3 and (df.n==12).all()
     assert read_study(out).protocol['data']=={'name': 'pets', 'classes': 2, 'shape': [3, 18, 18], 'images': [58, 6, 16]}
-    assert '50% of channels' in capsys.readouterr().out
+    assert 'pruned 50%' in capsys.readouterr().out
 
 @pytest.mark.parametrize('spoil,why', [
     (lambda d: (d/'dark'/'0.png').write_bytes(b'no image'), '0.png is no image that can be read'),

@@ -7,7 +7,7 @@ Docs: https://adverfine.github.io/adverfine/study/tables.html.md"""
 # %% auto #0
 __all__ = ['cell_keys', 'kinds', 'axis_names', 'with_labels', 'variant_of', 'how_much', 'over_seeds', 'tuning_said',
            'accuracy_said', 'both_said', 'accuracy_table', 'kinds_of', 'placed', 'colours_of', 'curves_of',
-           'curve_said', 'plot_panels', 'plot_study']
+           'curve_said', 'plot_panels', 'title_of', 'plot_study']
 
 # %% ../../nbs/study/15_tables.ipynb #6afc807f
 import math, re
@@ -50,7 +50,7 @@ def how_much(
     label:str='', # See `variant_of`
 ) -> str: # '' for a network that is not compressed
     "What was done to a network, in words"
-    said = [f'{100*prune:g}% of channels'] if prune>0 else []
+    said = [f'pruned {100*prune:g}%'] if prune>0 else []
     if weight_bits==input_bits: said.append(f'{weight_bits:g} bit' + 's'*(weight_bits!=1))
     elif weight_bits>0: said += [f'{weight_bits:g}-bit weights', f'{input_bits:g}-bit inputs']
     variant = variant_of(label)
@@ -234,11 +234,14 @@ def plot_panels(
 
     return fig
 
+def title_of(df) -> str:
+    "What a study's figures are about"
+    first = df.iloc[0]
+    attack = f'{first.attack}, escalated' if first.get('escalated', False) else first.attack
+    return f'{first.data}: {attack}, eps {first.eps:.3g} in pixels, {first.n} test images'
+
 def plot_study(
     df:pd.DataFrame, # A study's results
 ) -> Figure: # A panel for each kind of compression, a row for each kind of parent
     "Clean and robust accuracy against compression, one colour for each fine-tuning"
-    first = df.iloc[0]
-    attack = f'{first.attack}, escalated' if first.get('escalated', False) else first.attack
-    title = f'{first.data}: {attack}, eps {first.eps:.3g} in pixels, {first.n} test images'
-    return plot_panels(over_seeds(df), ['parent'], 'fine_tuning', title)
+    return plot_panels(over_seeds(df), ['parent'], 'fine_tuning', title_of(df))

@@ -46,6 +46,8 @@ def read_figures(
         if not shares.between(0, 1).all():
             raise ValueError(f"{path} has {k} accuracies outside 0 to 1: write .873, not 87.3")
     if not len(df): raise ValueError(f"{path} has no rows")
+    if 'data' in df and df.data.nunique()>1:
+        raise ValueError(f"{path} holds {' and '.join(map(str, df.data.unique()))}: make a file for each")
     return df
 
 # %% ../../nbs/study/21_comparison.ipynb #d5828d18

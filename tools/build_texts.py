@@ -1,5 +1,5 @@
 """Texts that are made from others: README.md from nbs/index.ipynb, the sidebar and llms.txt from nbs/wings.toml, and
-numbers in pages from results/ (see measured.py).
+numbers in pages (see measured.py) and their picture from results/.
 
     python tools/build_texts.py            # writes them
     python tools/build_texts.py --check    # exits 1 if one would change
@@ -62,6 +62,10 @@ def quarto_yml():
     head,tail = old[:old.index(start)+len(start)],old[old.index(end):]
     return head + ''.join(map(section, wings)) + tail
 
+# --- pictures: a page can only show what lies beside it
+
+pictures = {nbs/'images/fashion_mnist.png': root/'results/fashion_mnist/tradeoff.png'}
+
 # --- llms.txt
 
 def summary(notebook):
@@ -91,7 +95,8 @@ if __name__ == '__main__':
     made[nbs/'_quarto.yml'] = made[root/'_quarto.yml']
     made |= {p: with_numbers(read(p)) for p in nbs.rglob('*.ipynb')
              if not any(o[0] in '._' for o in p.relative_to(nbs).parts)}
-    changed = [p for p,text in made.items() if not p.exists() or read(p)!=text]
+    made = {p: text.encode() for p,text in made.items()} | {p: o.read_bytes() for p,o in pictures.items()}
+    changed = [p for p,content in made.items() if not p.exists() or p.read_bytes()!=content]
     if '--check' in sys.argv and changed:
         sys.exit(f"{', '.join(str(p.relative_to(root)) for p in changed)}: run python tools/build_texts.py")
-    for p in changed: p.write_text(made[p], encoding='utf-8')
+    for p in changed: p.write_bytes(made[p])

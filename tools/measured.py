@@ -19,6 +19,16 @@ def cell(study, label, tuning, what, parent='standard'):
     if not found: raise ValueError(f'results/{study}/results.csv has no cell {parent} {label} {tuning}')
     return f'{100*mean(found):.1f} %'
 
+def seconds(study, label, tuning, parent='standard'):
+    "That the training of a cell took"
+    where = dict(label=label, fine_tuning=tuning, parent=parent)
+    return f"{mean(column(f'{study}/results.csv', 'training_seconds', **where)):.0f}"
+
+def share(study, label, what):
+    "MACs or bytes of a network, of those without compression"
+    file = f'{study}/results.csv'
+    return f"{100*column(file, what, label=label)[0]/column(file, what, label='none-0')[0]:.0f} %"
+
 def training(who, what): return f"{column('training-cnn8.csv', what, who=who.replace('_', ' '))[0]:.1f}"
 def limit(who): return f"{100*column('training-cnn8.csv', 'of_limit', who=who.replace('_', ' '))[0]:.0f} %"
 
@@ -37,7 +47,7 @@ def engine(name, workers, cells):
     found = column('engines.csv', 'ms_a_cell', engine=name, workers=workers, cells=cells)
     return f'{found[0]:.1f} ms'
 
-known = {f.__name__: f for f in (cell, training, limit, adaptive, engine)}
+known = {f.__name__: f for f in (cell, seconds, share, training, limit, adaptive, engine)}
 marked = re.compile(r'<!--=(\w+)((?: [^ >]+)*)-->(.*?)<!--/-->', re.S)
 
 def with_numbers(text):

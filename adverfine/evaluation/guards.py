@@ -58,7 +58,7 @@ def gradients(case):
     if case.blind: return 1.,"the network gives no gradients: black-box attacks and transfer only"
     return 0.,"the network can be differentiated"
 
-@guard(0, _checks, remedy="craft on StraightThrough(model) or Rescaled(model), or escalate=True")
+@guard(.01, _checks, remedy="craft on StraightThrough(model) or Rescaled(model), or escalate=True")
 def zero_gradient(case):
     if case.blind: return None
     batches = zip(*(o.split(256) for o in case.some()))

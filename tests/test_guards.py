@@ -411,3 +411,12 @@ def test_samples_see_all_of_images_that_lie_class_by_class():
     case = _case(_linear(), 600)
     case.judge.y = torch.arange(600)//300
     assert set(case.some()[1].tolist())=={0, 1}
+
+def test_a_thorough_look_at_many_images_is_taken_in_batches():
+    net,sizes = _linear(),[]
+    def seen(x):
+        sizes.append(len(x))
+        return net(x)
+    case = _case(Then(seen), 600, thorough=True)
+    for name in ('determinism', 'probabilities', 'zero_gradient', 'plateau'): guards[name].find(name, case)
+    assert max(sizes)==256 and sum(sizes)>600*(5+1+1)

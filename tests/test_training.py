@@ -198,6 +198,13 @@ def test_batchnorm_is_estimated_on_adversarial_batches():
     torch.testing.assert_close(bn.running_mean, mean, rtol=1e-3, atol=1e-4)
     assert bn.momentum==.1
 
+def test_frozen_batchnorm_is_not_estimated():
+    learn = _learner(_bn_net)
+    class Frozen(Callback):
+        def before_batch(self): learn.model[1].eval()
+    _fit(learn, 1, cbs=[AdversarialTraining(PGD(.1, steps=1)), WeightAverage(), Frozen()])
+    assert not learn.model[1].running_mean.any() and (learn.model[1].running_var==1).all()
+
 def test_average_begins_afresh_when_shapes_change():
     from adverfine.compression.pruning import StructuredPruning
     learn = _learner()

@@ -90,7 +90,7 @@ def steadied(self:Case, attack:Attack) -> Attack:
 def moved(self:Case) -> tuple:
     "How much normalised logits differ in five passes over the same images, and how many of those are right in each"
     x,y = self.some()
-    with torch.no_grad(): outs = [self.model(x).float() for _ in range(5)]
+    with torch.no_grad(): outs = [torch.cat([self.model(b).float() for b in x.split(256)]) for _ in range(5)]
     units = [o/o.norm(dim=1, keepdim=True).clamp_min(1e-12) for o in outs]
     return max((o-units[0]).abs().max().item() for o in units),[(o.argmax(1)==y).sum().item() for o in outs]
 

@@ -47,7 +47,7 @@ def determinism(case):
 
 @guard(0, _checks, remedy="give the attacks the logits before the softmax")
 def probabilities(case):
-    with torch.no_grad(): out = case.model(case.some()[0]).float()
+    with torch.no_grad(): out = torch.cat([case.model(b).float() for b in case.some()[0].split(256)])
     if (out>=0).all() and ((out.sum(1)-1).abs()<=1e-5).all():
         return 1.,"the network returns probabilities, whose logarithm saturates"
     return 0.,"the network returns logits"
@@ -94,6 +94,17 @@ def _longest(case):
     "The attack of most steps; None if all that climb go on as long as there is hope"
     return max((o for o in case.white if not isinstance(o, Triage)), key=_steps_of, default=None)
 
+def _losses(case, steps, x, y):
+    "The loss at each step of PGD, summed over images"
+    losses = []
+    def spy(x):
+        out = case.climbed(x)
+        losses.append(cross_entropy(out.detach().float(), y).sum())
+        return out
+    attack = PGD(case.threat.eps, norm=case.threat.norm, clamp=case.threat.clamp, steps=steps)
+    with frozen(case.climbed): attack(spy, x, y, torch.Generator(x.device).manual_seed(0))
+    return torch.stack(losses)
+
 @guard(.05, _failures, sign_of='weakness', remedy="more steps", thorough=True)
 def plateau(case):
     longest = _longest(case)
@@ -101,14 +112,7 @@ def plateau(case):
     steps = _steps_of(longest)
     if steps<10:
         return 1.,f"an attack of {steps} step{'s' if steps>1 else ''} does not show whether its loss levels off"
-    x,y = case.some()
-    losses = []
-    def spy(x):
-        out = case.climbed(x)
-        losses.append(cross_entropy(out.detach().float(), y).mean().item())
-        return out
-    attack = PGD(case.threat.eps, norm=case.threat.norm, clamp=case.threat.clamp, steps=steps)
-    with frozen(case.climbed): attack(spy, x, y, torch.Generator(x.device).manual_seed(0))
+    losses = sum(_losses(case, steps, *b) for b in zip(*(o.split(256) for o in case.some()))).tolist()
     moves = (max(losses[-10:])-min(losses[-10:]))/max(max(losses)-min(losses), 1e-12)
     return moves,f"over the last ten of {steps} steps the loss still moves by {moves:.3f} of its whole way"
 

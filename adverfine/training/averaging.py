@@ -34,11 +34,13 @@ class WeightAverage(Callback):
 
     def before_fit(self):
         self.mean = self.own = None
-        self.averaged = 0     # steps in the mean
+        self.averaged,self.norms = 0,[]     # steps in the mean, and BatchNorms that learned in the last of them
         self.recent = deque(maxlen=self.batches)
 
     def after_pred(self):
-        if self.training and _running_norms(self.model): self.recent.append(tuple(o.detach() for o in self.xb))
+        if not self.training: return
+        self.norms = _learning_norms(self.model)
+        if self.norms: self.recent.append(tuple(o.detach() for o in self.xb))
 
     def after_step(self):
         if self.learn.pct_train<self.start: return
@@ -54,22 +56,22 @@ class WeightAverage(Callback):
     def before_train(self): self._give_back()
     def after_train(self): self._lend()
     def after_cancel_fit(self): self._lend()
-    def after_fit(self): self.mean = self.own = self.recent = None
+    def after_fit(self): self.mean = self.own = self.recent = self.norms = None
 
 # %% ../../nbs/training/07_averaging.ipynb #b35cf6bf
 def _weights_of(model): return list(bare(model).parameters())
 def _same_shapes(a, b): return a is not None and [o.shape for o in a]==[o.shape for o in b]
-def _running_norms(model):
-    return [m for m in bare(model).modules() if isinstance(m, batch_norms) and m.track_running_stats]
+def _learning_norms(model):
+    "Those whose running statistics follow the batches; frozen ones do not"
+    return [m for m in bare(model).modules() if isinstance(m, batch_norms) and m.track_running_stats and m.training]
 
 @torch.no_grad()
 def _copy_into(model, values):
     for p,v in zip(_weights_of(model), values): p.copy_(v)
 
 @torch.no_grad()
-def _estimate(network, batches):
-    "Measure the running statistics of every BatchNorm anew, as the plain mean over `batches`"
-    norms = _running_norms(network)
+def _estimate(network, norms, batches):
+    "Measure the running statistics of BatchNorms anew, as the plain mean over `batches`"
     if not norms or not batches: return
     momenta = [m.momentum for m in norms]
     with evaluating(network):
@@ -89,7 +91,7 @@ def _lend(self:WeightAverage):
     if self.mean is None or self.own is not None: return
     self.own = [p.detach().clone() for p in _weights_of(self.model)]
     _copy_into(self.model, self.mean)
-    _estimate(bare(self.model), self.recent)
+    _estimate(bare(self.model), self.norms, self.recent)
 
 @patch
 def _give_back(self:WeightAverage):

@@ -116,6 +116,7 @@ belongs = {
     'study.presets':            _study,
     'study.definitions':        _study,
     'study.tables':             _study + _page,
+    'study.tradeoff':           ['tests/test_page.py'],
     'study.words':              _page,
     'study.charts':             _page,
     'study.markup':             _page,

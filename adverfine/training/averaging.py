@@ -38,9 +38,7 @@ class WeightAverage(Callback):
         self.recent = deque(maxlen=self.batches)
 
     def after_pred(self):
-        if not self.training: return
-        self.norms = _learning_norms(self.model)
-        if self.norms: self.recent.append(tuple(o.detach() for o in self.xb))
+        if self.training: self._remember()
 
     def after_step(self):
         if self.learn.pct_train<self.start: return
@@ -85,6 +83,12 @@ def _estimate(network, norms, batches):
             for m,momentum in zip(norms, momenta): m.momentum = momentum
 
 # %% ../../nbs/training/07_averaging.ipynb #b8473c34
+@patch
+def _remember(self:WeightAverage):
+    "Keep the batch, if a BatchNorm learns from it"
+    self.norms = _learning_norms(self.model)
+    if self.norms: self.recent.append(tuple(o.detach() for o in self.xb))
+
 @patch
 def _lend(self:WeightAverage):
     "Give the network the mean, unless it has it"

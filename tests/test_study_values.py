@@ -2,13 +2,16 @@
 import json
 from functools import partial
 import pytest, torch
+import adverfine.study.presets  # noqa: F401 makes studies
 from safetensors.torch import load_file
 from adverfine.networks.zoo import cnn8
 from adverfine.data.pixels import pixels
 from adverfine.data.sources import digits_dls
 from adverfine.attacks.gradient import NFGSM, PGD
 from adverfine.study.protocol import Compression, FineTune, Judge
+from adverfine.study.folder import read_study
 from adverfine.study.study import Study
+from adverfine.study.tables import title_of
 
 def small_network(): return cnn8(size=8)
 
@@ -55,3 +58,13 @@ def test_the_sweep_judges_as_the_reference_does(tmp_path):
     assert (row.clean, row.n)==(pytest.approx(clean.float().mean().item()), 60)
     assert row.robust==pytest.approx(robust.float().mean().item()) and row.robust==row.sweep_robust
     assert row.judged_n==30 and not row.clamp
+
+def test_images_are_called_as_one_likes(tmp_path):
+    few = dict(levels=(), bits=(8,), fine_tunings='none', epochs=1, n_train=200, n_test=40, escalate=False)
+    study = Study.quick('digits', out=tmp_path/'a', called='digits, 8 by 8', **few)
+    df = study.run(progress=False)
+    assert set(df.data)=={'digits, 8 by 8'} and title_of(df).startswith('digits, 8 by 8: ')
+    assert read_study(study.out).protocol['data']['name']=='digits, 8 by 8'
+    other = Study.quick('digits', out=study.out, **few)
+    with pytest.raises(ValueError, match='digits, 8 by 8'): other.run(progress=False)
+    assert Study.quick('digits', called='odd/name').out.as_posix()=='studies/digits'

@@ -144,9 +144,10 @@ def images_name(
 def images_described(
     images, # See the table above
     dls:DataLoaders, # Made of them
+    called:str='', # Default: see `images_name`
 ) -> dict:
     "What a study's folder says of its images: the name, how many, and their shape; not where they are"
     made = {} if isinstance(images, (DataLoaders, str, Path)) else dict(made_by=described(images))
-    return made | dict(name=images_name(images), classes=class_count(dls),
+    return made | dict(name=called or images_name(images), classes=class_count(dls),
                        shape=list(dls.valid.one_batch()[0].shape[1:]),
                        images=[len(o.dataset) for o in dls.loaders])

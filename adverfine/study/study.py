@@ -40,9 +40,8 @@ def _distinct(what, values, kind, name):
         if not isinstance(o, kind): raise ValueError(f"{what} holds {o!r}: each has to be a {kind.__name__}(...)")
     names = [getattr(o, name) for o in values]
     twice = next((o for o in names if names.count(o)>1), None)
-    if twice:
-        raise ValueError(f"{what} has two different ones that are called {twice!r}: give them names, as in "
-                         "name='other'")
+    if twice: raise ValueError(f"{what} has two different ones that are called {twice!r}: give them names, as in "
+                               "name='other'")
     return values
 
 def _known_pairs(pairs, parents, fine_tunings):
@@ -64,6 +63,7 @@ class Study:
     judge:Judge              # How each network is judged
     seeds:tuple=(0,)         # One parent of each kind for each
     out:str=None             # Output folder; default: studies/ and the name of the data set
+    called:str=None          # What tables and figures call the images; default: their name
     leave_out:tuple=()       # Pairs (parent, fine-tuning), by name, that are not made
     bs:int=None              # Batch size; default: that of the data set's function
     normalize:tuple=(.5,.5)  # Mean and standard deviation that the network's inputs are normalised with
@@ -86,8 +86,8 @@ class Study:
         if not isinstance(self.judge, Judge): raise ValueError(f"judge={self.judge!r}: it has to be a Judge(...)")
         self.leave_out = _known_pairs(self.leave_out, self.parents, self.fine_tunings)
         if self.bs is not None and not self.bs>=1: raise ValueError(f"bs={self.bs} must be 1 or more")
-        self.data = images_name(self.dls)
-        self.out = Path(self.out or f'studies/{self.data}')
+        self.data = self.called or images_name(self.dls)
+        self.out = Path(self.out or f'studies/{images_name(self.dls)}')
 
 # %% ../../nbs/study/12_study.ipynb #6c200010
 @patch
@@ -112,8 +112,8 @@ def protocol(self:Study,
     network = network_maker(self.network, dls)
     by_name = dict(parents={o.name: o for o in self.parents}, compressions={o.label: o for o in self.compressions},
                    fine_tunings={o.name: o for o in self.fine_tunings})
-    return described(dict(data=images_described(self.dls, dls), network=network, judge=self.judge, bs=dls.train.bs,
-                          normalize=self.normalize, bf16=self.bf16, threads=self.threads, **by_name))
+    return described(dict(data=images_described(self.dls, dls, self.data), network=network, judge=self.judge,
+                          bs=dls.train.bs, normalize=self.normalize, bf16=self.bf16, threads=self.threads, **by_name))
 
 # %% ../../nbs/study/12_study.ipynb #b91f142f
 @patch

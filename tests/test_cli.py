@@ -57,7 +57,7 @@ def test_evaluate_goes_on_from_its_folder(saved, capsys, tmp_path):
     assert list((tmp_path/'state').iterdir())
     again = _evaluated(saved, capsys, some)
     assert (again['outcomes'], again['passes'], again['took'])==(first['outcomes'], first['passes'], first['took'])
-    assert main(['evaluate', f'{saved}/net', '--data', 'digits', *some.replace('40', '30').split()])==2
+    assert main(['evaluate', f'{saved}/net', '--data', 'digits', *some.replace('--n 40', '--n 30').split()])==2
     assert 'holds another evaluation' in capsys.readouterr().err
 
 def test_evaluate_makes_images_on_the_parent(saved, capsys):

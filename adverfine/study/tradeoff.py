@@ -62,8 +62,8 @@ def _accuracies(ax, cells, places):
 
 # %% ../../nbs/study/16_tradeoff.ipynb #235922b1
 def _slowest(cells):
-    "The networks whose fine-tuning takes longest"
-    took = cells.groupby('fine_tuning', sort=False).training_seconds.mean()
+    "The fine-tuning that takes longest; what is not fine-tuned may have a parent's training to its name"
+    took = cells[cells.fine_tuning!='none'].groupby('fine_tuning', sort=False).training_seconds.mean()
     return took.idxmax() if took.max()>0 else None
 
 def line_prices(

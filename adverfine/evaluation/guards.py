@@ -58,12 +58,21 @@ def gradients(case):
     if case.blind: return 1.,"the network gives no gradients: black-box attacks and transfer only"
     return 0.,"the network can be differentiated"
 
-@guard(.01, _checks, remedy="craft on StraightThrough(model) or Rescaled(model), or escalate=True")
+def _hides(case, x, y):
+    "Whose gradient is zero, at the image and near it, although the network answers otherwise somewhere in the ball"
+    generator = torch.Generator(x.device).manual_seed(0)
+    near = [case.threat.random_start(x, generator) for _ in range(4)]
+    with frozen(case.climbed):
+        with torch.enable_grad(): slopes = [input_grad(case.climbed, o, y).flatten(1) for o in (x, near[0])]
+        with torch.no_grad(): out,*others = [case.climbed(o).float() for o in (x, *near)]
+    moved = torch.stack([(o-out).abs().amax(1) for o in others]).amax(0)>1e-5*out.abs().amax(1)
+    return moved & torch.stack([(o==0).all(1) for o in slopes]).all(0)
+
+@guard(0, _checks, remedy="craft on StraightThrough(model) or Rescaled(model), or escalate=True")
 def zero_gradient(case):
     if case.blind: return None
     batches = zip(*(o.split(256) for o in case.some()))
-    with frozen(case.climbed), torch.enable_grad(): grad = torch.cat([input_grad(case.climbed, *b) for b in batches])
-    share = (grad.flatten(1).abs().sum(1)==0).float().mean().item()
+    share = torch.cat([_hides(case, *b) for b in batches]).float().mean().item()
     return share,f"the gradient of the cross-entropy is exactly zero for {share:.1%} of images"
 
 # %% ../../nbs/evaluation/01_guards.ipynb #79b3055a

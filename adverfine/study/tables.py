@@ -234,8 +234,10 @@ def plot_panels(
 
     return fig
 
-def title_of(df) -> str:
-    "What a study's figures are about"
+def title_of(
+    df:pd.DataFrame, # A study's results
+) -> str:
+    "What its figures are about"
     first = df.iloc[0]
     attack = f'{first.attack}, escalated' if first.get('escalated', False) else first.attack
     return f'{first.data}: {attack}, eps {first.eps:.3g} in pixels, {first.n} test images'

@@ -49,6 +49,16 @@ class StudyFolder:
                              "name another output folder")
         return found['protocol']
 
+    def free(self,
+        what:str, # One of the `grid`
+        name:str, # In it
+    ) -> bool:
+        "Is nothing there, or in the making, that bears this name?"
+        files = [o.stem for part in ('parents', 'cells') for o in (self.path/part).glob('*')]
+        if not files or any((self.path/'claims').glob('*')): return False
+        if what=='parents': return not any(o.startswith(f'{name}-seed') for o in files)
+        return not any(o.endswith(f'-{name}') if what=='fine_tunings' else f'-{name}-' in o for o in files)
+
     def claim(self,
         protocol:dict, # What `described` says of the study
     ):
@@ -56,8 +66,10 @@ class StudyFolder:
         with locked(self.path):
             theirs = self.protocol()
             new = protocol if theirs is None else theirs | {k: theirs[k] | protocol[k] for k in grid}
-            if theirs is not None and (odd := disagreement(theirs, protocol)):
-                raise ValueError(f"{self.path} holds another study ({'; '.join(odd)}): name another output folder")
+            if theirs is not None:
+                binding = theirs | {k: {o: v for o,v in theirs[k].items() if not self.free(k, o)} for k in grid}
+                if odd := disagreement(binding, protocol):
+                    raise ValueError(f"{self.path} holds another study ({'; '.join(odd)}): name another output folder")
             if new!=theirs: write_atomic(self.file, json.dumps(dict(protocol=new, version=__version__), indent=1))
 
 # %% ../../nbs/study/05_folder.ipynb #6c20000c

@@ -90,6 +90,7 @@ def _check_tuning(tuning):
     if not (isinstance(tuning.epochs, int) and tuning.epochs>=1):
         raise ValueError(f"epochs={tuning.epochs} must be 1 or more")
     if not tuning.lr>0: raise ValueError(f"lr={tuning.lr} must be positive")
+    if tuning.bs is not None and not tuning.bs>=1: raise ValueError(f"bs={tuning.bs} must be 1 or more")
     if tuning.average!=0: WeightAverage(tuning.average)
     if tuning.warmup: EpsilonWarmup(tuning.warmup)
 
@@ -121,6 +122,7 @@ class FineTune:
     momentum:float=.9                # Of SGD
     wd:float=.01                     # Weight decay
     schedule:str|tuple='one_cycle'   # 'one_cycle', 'constant', or (epoch, factor) for a single step
+    bs:int|None=None                 # Batch size; default: the study's
     name:str|None=None               # Default: `how`, or the name of the function
     by_and_by:'FineTune|None'=None   # Takes its place where channels go by and by, with `cut` of a `Compression`
 

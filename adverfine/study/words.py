@@ -98,6 +98,7 @@ def tuning_in_words(
         rate = f'times {_figure(schedule[1])} after epoch {_figure(schedule[0])}'
     said = [f"{o.get('epochs')} epochs with {dict(adam='Adam', sgd='SGD').get(o.get('optimizer'), o.get('optimizer'))}",
             f"learning rate {_figure(o.get('lr'))} ({rate})"]
+    if o.get('bs'): said.append(f"batches of {o['bs']}")
     if o.get('attack'): said.append(f"against {attack_in_words(o['attack'])}")
     if o.get('objective'): said.append(f"with the objective {_kind(o['objective'])}")
     if o.get('average')!=0: said.append('averaging its weights')

@@ -6,7 +6,7 @@ Docs: https://adverfine.github.io/adverfine/study/presets.html.md"""
 
 # %% auto #0
 __all__ = ['data_defaults', 'paper_eps', 'paper_recipes', 'defaults_for', 'compressions_of', 'with_slow_cuts', 'chosen',
-           'recommended', 'paper_attack']
+           'recommended', 'recommended_again', 'paper_attack']
 
 # %% ../../nbs/study/13_presets.ipynb #f6f50c23
 from dataclasses import replace
@@ -21,12 +21,11 @@ from .study import Study
 # %% ../../nbs/study/13_presets.ipynb #f4d57655
 _tenths = tuple(k/10 for k in range(1, 10))
 _usual = dict(network='cnn8', eps=8/255, bs=256, epochs=10, lr=3e-3, fine_tune_epochs=3, fine_tune_lr=3e-3,
-              levels=_tenths,
-              bits=(16, 8, 4, 2, 1), bf16=None, threads=None)
+              adversarial_lr=1e-2, levels=_tenths, bits=(16, 8, 4, 2, 1), bf16=None, threads=None)
 
 data_defaults = dict(
     digits=dict(_usual, eps=.1, bs=64, threads=1, epochs=15, lr=5e-3, fine_tune_epochs=8, fine_tune_lr=8e-3,
-                levels=_tenths[::2], bf16=False),
+                adversarial_lr=8e-3, levels=_tenths[::2], bf16=False),
     fashion_mnist=dict(_usual, eps=.05),
     cifar10=dict(_usual, eps=4/255, network='resnet18_cifar', epochs=20))
 
@@ -36,7 +35,9 @@ def defaults_for(
 ) -> dict:
     "What fits a data set, where nothing else was asked for"
     known = data_defaults.get(dls, _usual) if isinstance(dls, str) else _usual
-    return known | {k: v for k,v in given.items() if v is not None}
+    given = {k: v for k,v in given.items() if v is not None}
+    if 'fine_tune_lr' in given: given['adversarial_lr'] = given['fine_tune_lr']
+    return known | given
 
 # %% ../../nbs/study/13_presets.ipynb #f89b0ed5
 def compressions_of(
@@ -44,14 +45,16 @@ def compressions_of(
     bits=(), # Bits to quantize to; a pair such as (1, 8): of weights and of inputs
     joint=(), # Pairs of a share and of bits
     by_and_by_from:float=by_and_by_from, # Share from which on channels go by and by
+    end:float=.75, # Share of the fine-tuning by which they are gone
 ) -> list: # Of `Compression`
     "Pruned, quantized, and pruned and quantized"
     for o in joint:
         if not isinstance(o, (tuple, list)) or len(o)!=2:
             raise ValueError(f"joint holds {o!r}: pairs such as (.5, 8) are needed")
-    def cut(share): return 'cubic' if share>=by_and_by_from else 'one_shot'
-    return [*(Compression(o, cut=cut(o)) for o in levels), *(Compression(bits=o) for o in bits),
-            *(Compression(*o, cut=cut(o[0])) for o in joint)]
+    def made(share, bits=None):
+        slow = dict(cut='cubic', end=end) if share>=by_and_by_from else {}
+        return Compression(share, bits, **slow)
+    return [*(made(o) for o in levels), *(Compression(bits=o) for o in bits), *(made(*o) for o in joint)]
 
 def with_slow_cuts(
     tuning:FineTune,
@@ -107,6 +110,8 @@ def quick(cls:Study,
                judge=Judge(PGD(o['eps'], steps=steps), n, escalate=escalate, budget=budget), **kwargs)
 
 # %% ../../nbs/study/13_presets.ipynb #e69c639e
+_slow_end = .4    # share of the fine-tuning by which channels that go by and by are gone
+
 def recommended(
     eps:float, # In pixels
     epochs:int, # Over the training images
@@ -116,6 +121,15 @@ def recommended(
     "Training as this library recommends it"
     attack = NFGSM(eps, noise=1., clamp=clamp)
     return [FineTune('standard', epochs, lr), FineTune('adversarial', epochs, lr, attack, average=.99, watched=True)]
+
+def recommended_again(
+    o:dict, # See `defaults_for`
+    clamp:bool=True, # Keep attacked images in [0,1]?
+) -> list: # Standard and adversarial
+    "Fine-tuning as this library recommends it, for networks that were trained before"
+    standard,adversarial = recommended(o['eps'], o['fine_tune_epochs'], o['fine_tune_lr'], clamp)
+    again = replace(adversarial, lr=o['adversarial_lr'], bs=min(o['bs'], 64), warmup=.3)
+    return [with_slow_cuts(standard), replace(again, by_and_by=replace(again, warmup=.5))]
 
 # %% ../../nbs/study/13_presets.ipynb #cc7c7d03
 paper_eps = dict(fashion_mnist=.05, cifar10=4/255)
@@ -139,8 +153,7 @@ def _by_reference(attack, _):
 def _by_ours(attack, usual):
     "Parents and fine-tunings as recommended, against the reference's adversary"
     def parents(epochs): return recommended(attack.eps, epochs, usual['lr'], clamp=False)
-    def tunings(epochs):
-        return list(map(with_slow_cuts, recommended(attack.eps, epochs, usual['fine_tune_lr'], clamp=False)))
+    def tunings(epochs): return recommended_again(usual | dict(eps=attack.eps, fine_tune_epochs=epochs), clamp=False)
     return parents,tunings
 
 paper_recipes = dict(reference=_by_reference, recommended=_by_ours)
@@ -166,8 +179,8 @@ def paper(cls:Study,
         raise ValueError(f"the reference has no study of {dls!r}, only of {' and '.join(paper_eps)}")
     attack,usual = paper_attack(paper_eps[dls]),data_defaults[dls]
     trained,tuned = paper_recipes[recipe](attack, usual)
-    cut,bs = (1, 64) if recipe=='reference' else (by_and_by_from, usual['bs'])
-    return cls(dls, network or usual['network'], compressions_of(levels, bits, by_and_by_from=cut),
+    slow,bs = (dict(by_and_by_from=1), 64) if recipe=='reference' else (dict(end=_slow_end), usual['bs'])
+    return cls(dls, network or usual['network'], compressions_of(levels, bits, **slow),
                chosen('fine_tunings', fine_tunings, [FineTune('none'), *tuned(fine_tune_epochs)]),
                chosen('parents', parents, trained(epochs)), **dict(bs=bs) | kwargs,
                judge=Judge(attack, n, sweep=attack, by_sweep=True))

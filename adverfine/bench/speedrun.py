@@ -123,8 +123,8 @@ def speedrun(
     "Seconds of training until the mean of several seeds reaches the goal, by each contestant's shortest schedule"
     if data not in _races: raise ValueError(f"{data!r} is not in this race: use one of {', '.join(_races)}")
     goal = _races[data][3] if goal is None else goal
-    machine = dict(processor=machine_name(default_device()))
-    kept = KeptResults(out, data=data, n=n, **machine, **that_matter(kwargs))
+    here = dict(processor=machine_name(default_device()), adverfine=__version__, torch=torch.__version__)
+    kept = KeptResults(out, data=data, n=n, **here, **that_matter(kwargs))
     def measured(*of): return in_own_process('adverfine.bench.speedrun.trial', *of, data, n, **kwargs)
     rows = []
     for o in tqdm(who, desc='contestants', delay=60):

@@ -183,6 +183,13 @@ def _quantize_norm(m, bits, sample, find_step):
     return _add_quantizer(m, 'y_quant', y_quant, step)
 
 # %% ../../nbs/compression/07_quantization.ipynb #98d7f08b
+def _leave_sums(model):
+    "BatchNorms stop rounding what they add to sums"
+    for m in model.modules():
+        if type(m) is not QuantBatchNorm2d: continue
+        m.__class__ = nn.BatchNorm2d
+        del m.y_quant
+
 def quantize(
     model:nn.Module, # The network, changed in place
     bits:int|tuple, # 16, 8, 4, 3, 2 or 1, for weights and inputs of layers; or a pair such as (1, 8): weights first
@@ -204,6 +211,7 @@ def quantize(
     with opened(model, batches[0]):
         names = {m: n for n,m in model.named_modules() if isinstance(m, _QuantLayer) or type(m) in _weighted_classes}
         if not names: raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
+        if sums is False: _leave_sums(model)
         norms = _summed_norms(model) if sums is not False else []
         samples,ran = _samples(model, names, norms, batches)
         chosen = _chosen_bits(names, bits, ran, ends, layers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from fastai.learner import Metric
 from ..data.pixels import batch_space
-from ..attacks.attack import Attack
+from ..attacks.attack import Attack, check_attack
 from ..attacks.scoring import score
 
 # %% ../../nbs/evaluation/06_metric.ipynb #f36b3e07
@@ -34,6 +34,7 @@ class RobustAccuracy(Metric):
         seed:int=0, # Of the draw and of the attack's random starts, the same for every validation
         name:str|None=None, # Of the column, and for callbacks that watch it; default: such as 'robust PGD-10 eps=0.1'
     ):
+        check_attack(attack)
         if n is not None and n<1:
             raise ValueError(f"n={n} must be 1 or more: it is the number of images to attack; leave it out for all")
         self.attack,self.n,self.seed,self._name = attack,n,seed,name

@@ -20,7 +20,7 @@ from ..threat import check_images, check_takes_pixels, pixel_space
 from ..networks.modes import evaluating
 from ..networks.fastest import fastest
 from ..data.pixels import pixels
-from ..attacks.attack import Attack
+from ..attacks.attack import check_attack
 from ..attacks.scoring import Scorer, spread
 from ..attacks.gradient import PGD
 from ..attacks.square import Square
@@ -35,10 +35,7 @@ def _in_order(attacks):
     "One attack or several as a tuple, cheapest first"
     attacks = tuple(L(attacks))
     if not attacks: raise ValueError("attacks is empty: name at least one, for example PGD(eps=8/255)")
-    for a in attacks:
-        if not isinstance(a, Attack):
-            raise ValueError(f"{a!r} is no adverfine attack: one of torchattacks' goes through "
-                             f"TorchAttack(torchattacks.{type(a).__name__}, eps)")
+    for a in attacks: check_attack(a)
     threat = attacks[0].threat
     for a in attacks:
         if a.threat!=threat:

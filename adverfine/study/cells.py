@@ -123,6 +123,7 @@ def using_threads(
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../../nbs/study/04_cells.ipynb #6ef055f1
 class _Tick(Callback):
     "Tell a progress bar of each training batch"
     def __init__(self, tick): self.tick = tick

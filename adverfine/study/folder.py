@@ -31,6 +31,7 @@ def loaded_json(
     try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}): delete it, and it will be made again") from e
 
+# %% ../../nbs/study/05_folder.ipynb #3822cb52
 class StudyFolder:
     "The output folder of a study"
     def __init__(self,
@@ -59,18 +60,20 @@ class StudyFolder:
         if what=='parents': return not any(o.startswith(f'{name}-seed') for o in files)
         return not any(o.endswith(f'-{name}') if what=='fine_tunings' else f'-{name}-' in o for o in files)
 
-    def claim(self,
-        protocol:dict, # What `described` says of the study
-    ):
-        "Make this folder that study's, or raise a `ValueError` if it is another's"
-        with locked(self.path):
-            theirs = self.protocol()
-            new = protocol if theirs is None else theirs | {k: theirs[k] | protocol[k] for k in grid}
-            if theirs is not None:
-                binding = theirs | {k: {o: v for o,v in theirs[k].items() if not self.free(k, o)} for k in grid}
-                if odd := disagreement(binding, protocol):
-                    raise ValueError(f"{self.path} holds another study ({'; '.join(odd)}): name another output folder")
-            if new!=theirs: write_atomic(self.file, json.dumps(dict(protocol=new, version=__version__), indent=1))
+# %% ../../nbs/study/05_folder.ipynb #1e878fa3
+@patch
+def claim(self:StudyFolder,
+    protocol:dict, # What `described` says of the study
+):
+    "Make this folder that study's, or raise a `ValueError` if it is another's"
+    with locked(self.path):
+        theirs = self.protocol()
+        new = protocol if theirs is None else theirs | {k: theirs[k] | protocol[k] for k in grid}
+        if theirs is not None:
+            binding = theirs | {k: {o: v for o,v in theirs[k].items() if not self.free(k, o)} for k in grid}
+            if odd := disagreement(binding, protocol):
+                raise ValueError(f"{self.path} holds another study ({'; '.join(odd)}): name another output folder")
+        if new!=theirs: write_atomic(self.file, json.dumps(dict(protocol=new, version=__version__), indent=1))
 
 # %% ../../nbs/study/05_folder.ipynb #6c20000c
 @patch

@@ -17,7 +17,7 @@ from ..networks.modes import bare
 from ..networks.precision import in_bf16
 from ..networks.fused import crafting_network
 from ..data.pixels import batch_space
-from ..attacks.attack import Attack
+from ..attacks.attack import Attack, check_attack
 from .acceleration import agree_on_cpu, keep_memory
 from .objectives import Madry, Objective, RSLAD
 
@@ -92,6 +92,7 @@ class AdversarialTraining(AdversarialBatches):
         objective:Objective|None=None, # `Madry()`, `TRADES(beta)`, `MART(lam)` or `RSLAD(teacher)`; default: `Madry()`
         teacher:nn.Module|None=None, # Short for `objective=RSLAD(teacher)`
     ):
+        check_attack(attack)
         if objective is not None and teacher is not None:
             raise ValueError(f"objective={type(objective).__name__} and a teacher: give one of the two, "
                              "a teacher means RSLAD(teacher)")

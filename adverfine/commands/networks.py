@@ -107,11 +107,10 @@ def _add_compress(commands):
 # %% ../../nbs/commands/02_networks.ipynb #019380c5
 def _export(args):
     import torch
-    from adverfine.data.pixels import pixels
     from adverfine.deployment.checkpoint import compressed_info, load_compressed
-    from adverfine.deployment.onnx import write_onnx
+    from adverfine.deployment.onnx import images_to_verify, write_onnx
     shape = tuple(compressed_info(args.model)['input_shape'])
-    if args.data: x = pixels(named_data(args)().valid)[0][:1000]
+    if args.data: x = images_to_verify(named_data(args)())
     else: x = torch.rand(1000, *shape, generator=torch.Generator().manual_seed(0))
     _check_shape(tuple(x.shape[1:]), args, shape)
     return str(write_onnx(load_compressed(args.model), args.onnx, x))
@@ -120,7 +119,7 @@ def _add_export(commands):
     add = add_command(commands, _export, 'write a saved network as ONNX, with integers if it is quantized')
     add('model', metavar='MODEL_DIR', help='folder that learn.save_compressed has written')
     add('--onnx', required=True, metavar='FILE', help='file to write')
-    add('--data', metavar='NAME', help='compare on validation images of this set; default: on random images')
+    add('--data', metavar='NAME', help='compare on images of this set; default: on random images')
     add_place(add)
 
 network_commands = _add_evaluate,_add_compress,_add_export

@@ -40,8 +40,6 @@ from .training.acceleration import BF16, Compile
 from .training.objectives import MART, RSLAD, TRADES, Madry, Objective
 from .training.adversarial import AdversarialTraining
 from .training.free import FreeAdversarialTraining
-from .training.nuclear import NuAT, NuclearFGSM
-from .training.prior import PriorGuidedTraining
 from .training.selection import KeepMostRobust, StopOnCatastrophe
 from .training.averaging import WeightAverage
 from .training.perturbation import AWP

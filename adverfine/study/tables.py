@@ -239,7 +239,8 @@ def title_of(
 ) -> str:
     "What its figures are about"
     first = df.iloc[0]
-    attack = f'{first.attack}, escalated' if first.get('escalated', False) else first.attack
+    by_sweep = (df.robust-df.get('judged_robust', df.robust)).abs().gt(0).any()     # and not by the stronger attacks
+    attack = f'{first.attack}, escalated' if first.get('escalated', False) and not by_sweep else first.attack
     return f'{first.data}: {attack}, eps {first.eps:.3g} in pixels, {first.n} test images'
 
 def plot_study(

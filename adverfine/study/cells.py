@@ -109,7 +109,7 @@ def in_batches_of(
     if bs:
         train = before.train.new(bs=bs, drop_last=len(before.train.dataset)>=bs)
         train.rng = before.train.rng
-        learn.dls = DataLoaders(train, before.valid)
+        learn.dls = DataLoaders(train, before.valid, path=before.path, device=before.device)
     try: yield
     finally: learn.dls = before
 

@@ -25,7 +25,7 @@ _usual = dict(network='cnn8', eps=8/255, bs=256, epochs=10, lr=3e-3, fine_tune_e
 
 data_defaults = dict(
     digits=dict(_usual, eps=.1, bs=64, threads=1, epochs=15, lr=5e-3, fine_tune_epochs=8, fine_tune_lr=8e-3,
-                adversarial_lr=8e-3, levels=_tenths[::2], bf16=False),
+                levels=_tenths[::2], bf16=False),
     fashion_mnist=dict(_usual, eps=.05),
     cifar10=dict(_usual, eps=4/255, network='resnet18_cifar', epochs=20))
 
@@ -35,9 +35,7 @@ def defaults_for(
 ) -> dict:
     "What fits a data set, where nothing else was asked for"
     known = data_defaults.get(dls, _usual) if isinstance(dls, str) else _usual
-    given = {k: v for k,v in given.items() if v is not None}
-    if 'fine_tune_lr' in given: given['adversarial_lr'] = given['fine_tune_lr']
-    return known | given
+    return known | {k: v for k,v in given.items() if v is not None}
 
 # %% ../../nbs/study/13_presets.ipynb #f89b0ed5
 def compressions_of(

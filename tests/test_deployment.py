@@ -107,6 +107,15 @@ def test_onnx_takes_pixels_and_any_number_of_them(learn, tmp_path):
     assert ops.count('Conv')==6 and ops.count('QuantizeLinear')==8
     assert not any(o.metadata_props or o.doc_string for o in onnx.load(file).graph.node)
 
+def test_openvino_decides_as_the_network_does(learn, tmp_path):
+    pytest.importorskip('onnxruntime')
+    openvino = pytest.importorskip('openvino')
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(learn.export_onnx(tmp_path/'net.onnx')), 'CPU')
+    x,_ = pixels(learn.dls.test)
+    fake = pixel_space(learn.dls).wrap(learn.model.eval())
+    assert (torch.from_numpy(compiled(x.numpy())[0]).argmax(1)==fake(x).argmax(1)).float().mean()>=.99
+
 def test_an_artifact_that_decides_otherwise_is_not_written(learn, tmp_path, monkeypatch):
     pytest.importorskip('onnxruntime')
     file = tmp_path/'net.onnx'

@@ -67,7 +67,7 @@ def attempts(library, name, size):
     "Each column in turn, a line for each"
     for what in columns.values():
         try: said = attempt(library, name, size, what)
-        except Exception as e: said = f"no: {type(e).__name__}: {' '.join(str(e).split())[:150]}"
+        except Exception as e: said = f"no: {type(e).__name__}: {' '.join(str(e).split())}"
         sys.stdout.write(f'@{said}\n')
         sys.stdout.flush()
 
@@ -77,10 +77,12 @@ def tried(library, name, size, timeout=60):
             f'sys.path.insert(0, {str(Path(__file__).parent)!r}); '
             f'import architectures; architectures.attempts({library!r}, {name!r}, {size})')
     process = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=timeout)
-    try: out = subprocess.run([sys.executable, '-c', call], **process).stdout
-    except subprocess.TimeoutExpired as e: out = e.stdout or b''
+    try:
+        ended = subprocess.run([sys.executable, '-c', call], **process)
+        out,why = ended.stdout,f'no: its process ended with {ended.returncode}'
+    except subprocess.TimeoutExpired as e: out,why = e.stdout or b'',f'no: not done after {timeout} s'
     said = [o[1:] for o in out.decode().splitlines() if o.startswith('@')]
-    return dict(zip(columns, said + [f'no: not done after {timeout} s']*3))
+    return dict(zip(columns, said + [why]*3))
 
 def write_table(out):
     "Try what `out` has no row for; each row is written as soon as it is there"

@@ -167,7 +167,7 @@ class _Heats:
 # %% ../../nbs/bench/07_recipes.ipynb #8fb5b7af
 _turns = 3
 
-def _clocked(heats, recipe, network, turn):
+def _pace_of(heats, recipe, network, turn):
     def measure():
         clock = Clock()
         learn = heats.learner(network, 18)
@@ -176,7 +176,7 @@ def _clocked(heats, recipe, network, turn):
     return heats.kept(f'pace-{recipe}-{network}-{turn}', measure)
 
 def _seconds_of_step(heats, recipe, network):
-    return min(_clocked(heats, recipe, network, o) for o in range(_turns))
+    return min(_pace_of(heats, recipe, network, o) for o in range(_turns))
 
 def _fine_tuned(heats, recipe, network):
     "The network after its seconds, the images that it has seen, and the epochs"
@@ -187,6 +187,7 @@ def _fine_tuned(heats, recipe, network):
         heats.fit(learn, recipe, epochs, heats.lr)
     return learn.model,len(learn.dls.train)*learn.dls.train.bs*epochs,epochs
 
+# %% ../../nbs/bench/07_recipes.ipynb #8fb5b7b0
 def _judged(heats, model):
     "Accuracies on validation images: each column is what stands after all attacks up to it"
     x,y = (o[:heats.n] for o in pixels(heats.dls.valid))
@@ -239,7 +240,7 @@ def recipe_race(
         heats = _Heats(Path(out), seconds, seed, n, lr, data, kwargs | dict(bs=bs))
         def of_parent(): return dict(recipe='parent', network='dense', seed=seed) | _judged(heats, heats.parent)
         paces = [(*o, turn) for turn in range(_turns) for o in entries]
-        for o in tqdm(paces, desc='paces', delay=60): _clocked(heats, *o)
+        for o in tqdm(paces, desc='paces', delay=60): _pace_of(heats, *o)
         rows.append(heats.kept(f'parent-{seed}', of_parent))
         for o in tqdm(entries, desc=f'recipes, seed {seed}', delay=60): rows.append(_row_of(heats, *o))
         if seed==seeds[0]: entries = _finalists(rows)

@@ -140,6 +140,11 @@ class Setup:
     logs:object=None    # A function without arguments that returns further callbacks for each training, such as loggers
     threads:int=1       # Of PyTorch, for a cell or parent
 
+    @property
+    def device(self):
+        "What computes a cell"
+        with using_threads(self.threads): return machine_name(self.dls.device)
+
     def learner(self, seed):
         "A Learner with a fresh network, whose batches are shuffled by `seed`"
         self.dls.train.rng = random.Random(seed)
@@ -214,7 +219,6 @@ def measure(self:Setup,
                                   escalate=judge.escalate, budget=judge.budget, progress=sys.stderr.isatty())
         sweep = None if judge.sweep is None else _swept(learn, judge, bf16)
         price = asdict(cost(learn.model, self.dls.valid.one_batch()[0][:1].repeat(64, 1, 1, 1)))
-        device = machine_name(self.dls.device)
     n = len(test_part(self.dls).dataset)
     tick(1, passes=cell.pace*evaluation_passes(judge, n))
     is_parent = cell.compression.kind==cell.tuning.how=='none'
@@ -224,5 +228,5 @@ def measure(self:Setup,
     row |= dict(seconds=round(taken, 3), training_seconds=round(parent_seconds if is_parent else seconds, 3),
                 epochs=training.epochs if seconds or is_parent else 0,
                 batch_size=training.bs or self.dls.train.bs, bf16=self.bf16, threads=self.threads,
-                device=device, network=type(learn.model).__name__)
+                device=self.device, network=type(learn.model).__name__)
     return {k: row.get(k) for k in row_columns}

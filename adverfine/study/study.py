@@ -18,7 +18,6 @@ from fastcore.foundation import L
 from fastai.data.core import DataLoaders
 from .. import __version__
 from ..files import locked, write_atomic
-from ..networks.timings import machine_name
 from ..data.sources import data_sets
 from ..compression.pruning import prune
 from ..training.acceleration import trains_faster_in_bf16
@@ -135,9 +134,10 @@ def claim(self:Study,
     if self.bf16 is None: self.bf16 = trains_faster_in_bf16(make().to(x.device), x[:dls.train.bs])
     folder.claim(self.protocol(dls))
     folder.plan(self.cells())
+    setup = Setup(dls, make, self.judge, self.bf16, self.logs, min(self.threads, threads))
     folder.sign(command=shlex.join(['adverfine', *sys.argv[1:]]) if Path(sys.argv[0]).stem=='adverfine' else '',
-                adverfine=__version__, torch=torch.__version__, device=machine_name(x.device))
-    return Setup(dls, make, self.judge, self.bf16, self.logs, min(self.threads, threads))
+                adverfine=__version__, torch=torch.__version__, device=setup.device)
+    return setup
 
 @patch(as_prop=True)
 def parent_files(self:Study): return ParentFiles(self.out/'parents')

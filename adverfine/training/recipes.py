@@ -44,7 +44,7 @@ def adversarial_fine_tune(self:Learner,
     cbs=None, # Further callbacks
     **kwargs # For fastai's `fit_one_cycle`
 ) -> Learner:
-    "Fine-tune on adversarial images by the recipe that held up best at equal seconds"
+    "Fine-tune on adversarial images by FGSM-RS, with averaged weights and a guard against catastrophic overfitting"
     if not isinstance(attack, Attack): attack = FGSMRS(attack)
     recipe = [AdversarialTraining(attack, objective, teacher), WeightAverage(decay), StopOnCatastrophe()]
     if not any(isinstance(cb, BF16) for cb in [*self.cbs, *L(cbs)]): recipe.append(BF16(if_faster=True))

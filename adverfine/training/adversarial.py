@@ -37,7 +37,8 @@ class Crafter:
     def craft(self, attack, network, x, target) -> Tensor:
         "The batch `x` (N,C,H,W), as the network takes it, attacked"
         space = batch_space(self.learn)
-        return space.from_pixels(attack(space.wrap(network), space.to_pixels(x), target))
+        self.x_adv = attack(space.wrap(network), space.to_pixels(x), target)     # in pixels
+        return space.from_pixels(self.x_adv)
 
 # %% ../../nbs/training/02_adversarial.ipynb #01369265
 class AdversarialBatches(Callback):

@@ -8,9 +8,11 @@ Docs: https://adverfine.github.io/adverfine/training/prior.html.md"""
 __all__ = ['PriorGuidedTraining']
 
 # %% ../../nbs/training/05_prior.ipynb #c2dac36c
+from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 from ..data.pixels import batch_space
+from ..attacks.attack import input_grad
 from ..attacks.gradient import FGSM
 from .adversarial import AdversarialTraining
 from .objectives import Objective
@@ -20,6 +22,16 @@ class _Steady(Objective):
     "The loss on attacked images, and `lam` times how far the step has moved their logits, squared"
     def __init__(self, lam): self.lam = lam
     def __call__(self, adv, clean, y, target, base): return base(adv, y) + self.lam*F.mse_loss(adv, clean)
+
+# %% ../../nbs/training/05_prior.ipynb #573247a6
+@dataclass(frozen=True)
+class _FGSMFrom(FGSM):
+    "FGSM from other images than the clean ones"
+    start:Tensor = None
+
+    def craft(self, model, x, y, generator):
+        slope = input_grad(model, self.start, y)
+        return self.threat.project(self.start + self.eps*self.threat.steepest(slope, self.start), x)
 
 # %% ../../nbs/training/05_prior.ipynb #573247a7
 class PriorGuidedTraining(AdversarialTraining):
@@ -37,14 +49,16 @@ class PriorGuidedTraining(AdversarialTraining):
     def before_train(self): self.delta = None
 
     def before_batch(self):
-        space,threat = batch_space(self.learn),self.attack_now.threat
-        clean = self.xb[0].as_subclass(Tensor)
-        images = space.to_pixels(clean)
+        space = batch_space(self.learn)
+        images = space.to_pixels(self.xb[0].as_subclass(Tensor))
         fits = self.delta is not None and self.delta.shape==images.shape
-        start = threat.project(images+self.delta, images) if fits else images
-        self.learn.xb = (space.from_pixels(start), *self.xb[1:])
+        self.start = super().attack_now.threat.project(images+self.delta, images) if fits else images
         super().before_batch()
-        attacked,begun = self.xb[0].chunk(2)
-        x_adv = threat.project(space.to_pixels(attacked), images)
-        self.delta = x_adv-images
-        self.learn.xb = (self.objective.batch(space.from_pixels(x_adv), begun), *self.xb[1:])
+        attacked = self.xb[0].chunk(2)[0]
+        self.delta = self.crafter.x_adv-images
+        self.learn.xb = (self.objective.batch(attacked, space.from_pixels(self.start)), *self.xb[1:])
+
+    @property
+    def attack_now(self):
+        one = super().attack_now
+        return _FGSMFrom(one.eps, norm=one.norm, clamp=one.clamp, start=self.start)

@@ -138,6 +138,7 @@ def _anew(learn):
 _networks = {'pruned 0.5': lambda learn: learn.prune(.5), 'pruned 0.9': lambda learn: learn.prune(.9),
              'int4': lambda learn: learn.quantize(4), 'int2': lambda learn: learn.quantize(2),
              'int1': lambda learn: learn.quantize(1), 'from scratch': _anew}
+_gentler = {'int2': .3, 'int1': .1}     # shares of the learning rate
 
 # %% ../../nbs/bench/07_recipes.ipynb #157964d4
 class _Heats:
@@ -159,6 +160,8 @@ class _Heats:
         learn = Learner(dls, deepcopy(self.parent), loss_func=nn.CrossEntropyLoss())
         with learn.no_bar(): _networks[network](learn)
         return learn
+
+    def rate_for(self, network): return self.lr*_gentler.get(network, 1.)
 
     def fit(self, learn, recipe, epochs, lr, *cbs):
         cbs = [*_recipes[recipe](self.attack, self.teacher), *_fast_here(), *cbs]
@@ -184,7 +187,7 @@ def _fine_tuned(heats, recipe, network):
     epochs = max(3, round(batches/len(heats.dls.train)))
     with no_random(heats.seed):
         learn = heats.learner(network, max(1, round(batches/epochs)))
-        heats.fit(learn, recipe, epochs, heats.lr)
+        heats.fit(learn, recipe, epochs, heats.rate_for(network))
     return learn.model,len(learn.dls.train)*learn.dls.train.bs*epochs,epochs
 
 # %% ../../nbs/bench/07_recipes.ipynb #8fb5b7b0
@@ -203,7 +206,8 @@ def _judged(heats, model):
 def _row_of(heats, recipe, network):
     def measure():
         model,images,epochs = _fine_tuned(heats, recipe, network)
-        said = dict(recipe=recipe, network=network, seed=heats.seed, images=images, epochs=epochs)
+        said = dict(recipe=recipe, network=network, seed=heats.seed, lr=heats.rate_for(network), images=images,
+                    epochs=epochs)
         return said | _judged(heats, model)
     return heats.kept(f'{recipe}-{network}-{heats.seed}', measure)
 
@@ -226,7 +230,7 @@ def recipe_race(
     recipes=None, # Names; default: all
     networks=None, # Such as 'pruned 0.5', 'int4' and 'from scratch'; default: all
     n:int=1000, # Validation images, at most
-    lr:float=1e-2, # Top of the one-cycle learning rate
+    lr:float=1e-2, # Top of the one-cycle learning rate; at 2 bits it is three tenths of this, at 1 bit a tenth
     bs:int=64, # Batch size
     data:str='fashion_mnist', # Name of a data set of grey images
     **kwargs # For the data set, such as `path`

@@ -36,18 +36,19 @@ from .training import in_own_process, TorchattacksPGD
 
 # %% ../../nbs/bench/08_speedrun.ipynb #639f4112
 _steps = 7
+_schedule = dict(pct_start=.1)      # of the one cycle, for all
 
-def _with_adverfine(learn, epochs, eps, lr=5e-3):
+def _with_adverfine(learn, epochs, eps, lr=1e-2):
     cbs = [AdversarialTraining(NFGSM(eps)), WeightAverage(.99), BF16(if_faster=True)]
-    learn.fit_one_cycle(epochs, lr, cbs=cbs)
+    learn.fit_one_cycle(epochs, lr, cbs=cbs, **_schedule)
 
-def _with_torchattacks(learn, epochs, eps, lr=4e-3):
-    learn.fit_one_cycle(epochs, lr, cbs=TorchattacksPGD(eps, 2.5*eps/_steps, _steps))
+def _with_torchattacks(learn, epochs, eps, lr=5e-3):
+    learn.fit_one_cycle(epochs, lr, cbs=TorchattacksPGD(eps, 2.5*eps/_steps, _steps), **_schedule)
 
-def _with_plain_loop(learn, epochs, eps, lr=4e-3):
+def _with_plain_loop(learn, epochs, eps, lr=5e-3):
     model,train = learn.model.train(),learn.dls.train
     opt = torch.optim.Adam(model.parameters(), lr)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*len(train))
+    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*len(train), **_schedule)
     for _ in range(epochs):
         for x,y in train:
             x,y = (o.as_subclass(torch.Tensor) for o in (x, y))
@@ -77,7 +78,7 @@ def trial(
     "Train from scratch, and judge by AutoAttack (fast) on validation images"
     make,dls,eps,_ = _races[data]
     with no_random(seed):
-        learn = Learner(dls(seed=seed, **kwargs), make(), loss_func=nn.CrossEntropyLoss())
+        learn = Learner(dls(seed=seed, **dict(bs=64)|kwargs), make(), loss_func=nn.CrossEntropyLoss())
         since = time.perf_counter()
         with learn.no_bar(), learn.no_logging(): contestants[who](learn, epochs, eps)
         seconds = time.perf_counter()-since

@@ -20,7 +20,7 @@ import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of
 import adverfine.compression.quantization, adverfine.evaluation.robustness  # noqa: F401 verbs of a Learner
 from ..files import check_place
 from ..attacks.attack import Attack
-from ..attacks.gradient import FGSMRS, PGD
+from ..attacks.gradient import NFGSM, PGD
 from ..compression.pruning import StructuredPruning
 from ..compression.gradual import Quantization
 from ..evaluation.report import RobustnessReport
@@ -36,7 +36,7 @@ from .warmup import EpsilonWarmup
 @patch
 def adversarial_fine_tune(self:Learner,
     epochs:int, # Passes over the training images
-    attack:Attack|float, # Crafts the images to train on; or a radius in pixels, such as 8/255: then `FGSMRS(eps)`
+    attack:Attack|float, # Crafts the images to train on; or a radius in pixels, such as 8/255: then `NFGSM(eps)`
     lr:float=3e-3, # Top of the one-cycle learning rate
     objective:Objective|None=None, # See `AdversarialTraining`
     teacher:nn.Module|None=None, # A robust parent to learn from, such as `learn.frozen_copy()` before compression
@@ -44,8 +44,8 @@ def adversarial_fine_tune(self:Learner,
     cbs=None, # Further callbacks
     **kwargs # For fastai's `fit_one_cycle`
 ) -> Learner:
-    "Fine-tune on adversarial images by FGSM-RS, with averaged weights and a guard against catastrophic overfitting"
-    if not isinstance(attack, Attack): attack = FGSMRS(attack)
+    "Fine-tune on adversarial images by N-FGSM, with averaged weights and a guard against catastrophic overfitting"
+    if not isinstance(attack, Attack): attack = NFGSM(attack)
     recipe = [AdversarialTraining(attack, objective, teacher), WeightAverage(decay), StopOnCatastrophe()]
     if not any(isinstance(cb, BF16) for cb in [*self.cbs, *L(cbs)]): recipe.append(BF16(if_faster=True))
     self.fit_one_cycle(epochs, lr, cbs=[*recipe, *L(cbs)], **kwargs)

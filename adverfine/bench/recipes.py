@@ -148,8 +148,7 @@ class _Heats:
         self.kept = KeptResults(out, seconds=seconds, n=n, lr=lr, data=data, **that_matter(kwargs))
         self.dls = data_sets[data](seed=seed, **kwargs)
         self.attack = PGD(race_eps, steps=5)
-        net = _cnn8_for(self.dls)
-        self.parent = self.kept.network(f'parent-{seed}', net, lambda: _robust_cnn8(self.dls, seed))
+        self.parent = self.kept.network(f'parent-{seed}', _cnn8_for(self.dls), lambda: _robust_cnn8(self.dls, seed))
         self.teacher = deepcopy(self.parent).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def learner(self, network, batches):
@@ -160,8 +159,6 @@ class _Heats:
         learn = Learner(dls, deepcopy(self.parent), loss_func=nn.CrossEntropyLoss())
         with learn.no_bar(): _networks[network](learn)
         return learn
-
-    def rate_for(self, network): return self.lr*_gentler.get(network, 1.)
 
     def fit(self, learn, recipe, epochs, lr, *cbs):
         cbs = [*_recipes[recipe](self.attack, self.teacher), *_fast_here(), *cbs]
@@ -181,13 +178,13 @@ def _pace_of(heats, recipe, network, turn):
 def _seconds_of_step(heats, recipe, network):
     return min(_pace_of(heats, recipe, network, o) for o in range(_turns))
 
-def _fine_tuned(heats, recipe, network):
+def _fine_tuned(heats, recipe, network, lr):
     "The network after its seconds, the images that it has seen, and the epochs"
     batches = heats.seconds/_seconds_of_step(heats, recipe, network)/(_replays if recipe=='free' else 1)
     epochs = max(3, round(batches/len(heats.dls.train)))
     with no_random(heats.seed):
         learn = heats.learner(network, max(1, round(batches/epochs)))
-        heats.fit(learn, recipe, epochs, heats.rate_for(network))
+        heats.fit(learn, recipe, epochs, lr)
     return learn.model,len(learn.dls.train)*learn.dls.train.bs*epochs,epochs
 
 # %% ../../nbs/bench/07_recipes.ipynb #8fb5b7b0
@@ -205,9 +202,9 @@ def _judged(heats, model):
 
 def _row_of(heats, recipe, network):
     def measure():
-        model,images,epochs = _fine_tuned(heats, recipe, network)
-        said = dict(recipe=recipe, network=network, seed=heats.seed, lr=heats.rate_for(network), images=images,
-                    epochs=epochs)
+        lr = heats.lr*_gentler.get(network, 1.)
+        model,images,epochs = _fine_tuned(heats, recipe, network, lr)
+        said = dict(recipe=recipe, network=network, seed=heats.seed, lr=lr, images=images, epochs=epochs)
         return said | _judged(heats, model)
     return heats.kept(f'{recipe}-{network}-{heats.seed}', measure)
 

@@ -36,19 +36,19 @@ from .training import in_own_process, TorchattacksPGD
 
 # %% ../../nbs/bench/08_speedrun.ipynb #639f4112
 _steps = 7
-_schedule = dict(pct_start=.1)      # of the one cycle, for all
+_warmup = .1    # share of the one cycle in which the learning rate rises, for all
 
 def _with_adverfine(learn, epochs, eps, lr=1e-2):
     cbs = [AdversarialTraining(NFGSM(eps)), WeightAverage(.99), BF16(if_faster=True)]
-    learn.fit_one_cycle(epochs, lr, cbs=cbs, **_schedule)
+    learn.fit_one_cycle(epochs, lr, cbs=cbs, pct_start=_warmup)
 
 def _with_torchattacks(learn, epochs, eps, lr=5e-3):
-    learn.fit_one_cycle(epochs, lr, cbs=TorchattacksPGD(eps, 2.5*eps/_steps, _steps), **_schedule)
+    learn.fit_one_cycle(epochs, lr, cbs=TorchattacksPGD(eps, 2.5*eps/_steps, _steps), pct_start=_warmup)
 
 def _with_plain_loop(learn, epochs, eps, lr=5e-3):
     model,train = learn.model.train(),learn.dls.train
     opt = torch.optim.Adam(model.parameters(), lr)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*len(train), **_schedule)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*len(train), pct_start=_warmup)
     for _ in range(epochs):
         for x,y in train:
             x,y = (o.as_subclass(torch.Tensor) for o in (x, y))

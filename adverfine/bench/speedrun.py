@@ -38,9 +38,9 @@ from .training import in_own_process, TorchattacksPGD
 _steps = 7
 _warmup = .1    # share of the one cycle in which the learning rate rises, for all
 
-def _with_adverfine(learn, epochs, eps, lr=7e-3):
+def _with_adverfine(learn, epochs, eps, lr=1e-2):
     cbs = [AdversarialTraining(NFGSM(eps)), WeightAverage(.99), BF16(if_faster=True)]
-    learn.fit_one_cycle(epochs, lr, wd=0, cbs=cbs, pct_start=_warmup)
+    learn.fit_one_cycle(epochs, lr, cbs=cbs, pct_start=_warmup)
 
 def _with_torchattacks(learn, epochs, eps, lr=5e-3):
     learn.fit_one_cycle(epochs, lr, cbs=TorchattacksPGD(eps, 2.5*eps/_steps, _steps), pct_start=_warmup)
@@ -62,7 +62,6 @@ def _with_plain_loop(learn, epochs, eps, lr=5e-3):
             cycle.step()
 
 contestants = {'adverfine': _with_adverfine, 'torchattacks': _with_torchattacks, 'plain loop': _with_plain_loop}
-_batches = {'adverfine': 32, 'torchattacks': 64, 'plain loop': 64}
 
 _races = dict(fashion_mnist=(cnn8, fashion_mnist_dls, .05, .80), digits=(partial(cnn8, size=8), digits_dls, .1, .5),
               cifar10=(partial(resnet18_cifar, width=16), cifar10_dls, 8/255, .25))
@@ -79,7 +78,7 @@ def trial(
     "Train from scratch, and judge by AutoAttack (fast) on validation images"
     make,dls,eps,_ = _races[data]
     with no_random(seed):
-        learn = Learner(dls(seed=seed, **dict(bs=_batches[who])|kwargs), make(), loss_func=nn.CrossEntropyLoss())
+        learn = Learner(dls(seed=seed, **dict(bs=64)|kwargs), make(), loss_func=nn.CrossEntropyLoss())
         since = time.perf_counter()
         with learn.no_bar(), learn.no_logging(): contestants[who](learn, epochs, eps)
         seconds = time.perf_counter()-since

@@ -26,7 +26,7 @@ from ..networks.timings import machine_name
 from ..data.pixels import pixels
 from ..data.sources import cifar10_dls, digits_dls, fashion_mnist_dls
 from ..attacks.scoring import score
-from ..attacks.gradient import NFGSM
+from ..attacks.gradient import PGD
 from ..attacks.autoattack import AutoAttack
 from ..training.acceleration import BF16
 from ..training.adversarial import AdversarialTraining
@@ -39,7 +39,7 @@ _steps = 7
 _warmup = .1    # share of the one cycle in which the learning rate rises, for all
 
 def _with_adverfine(learn, epochs, eps, lr=1e-2):
-    cbs = [AdversarialTraining(NFGSM(eps)), WeightAverage(.99), BF16(if_faster=True)]
+    cbs = [AdversarialTraining(PGD(eps, steps=3)), WeightAverage(.99), BF16(if_faster=True)]
     learn.fit_one_cycle(epochs, lr, cbs=cbs, pct_start=_warmup)
 
 def _with_torchattacks(learn, epochs, eps, lr=5e-3):

@@ -47,7 +47,7 @@ class _Sharpened(Callback):
         if self.pct_train>=self.after: adversarial_training_of(self).attack = self.attack
 
 def _with_adverfine(learn, epochs, eps, lr=1e-2):
-    cbs = [AdversarialTraining(NFGSM(eps)), _Sharpened(PGD(eps, steps=3), .75), WeightAverage(.99)]
+    cbs = [AdversarialTraining(NFGSM(eps)), _Sharpened(PGD(eps, steps=3), .5), WeightAverage(.99)]
     learn.fit_one_cycle(epochs, lr, cbs=[*cbs, BF16(if_faster=True)], pct_start=_warmup)
 
 def _with_torchattacks(learn, epochs, eps, lr=5e-3):

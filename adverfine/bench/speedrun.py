@@ -15,7 +15,6 @@ from statistics import mean
 import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import default_device, no_random
 import fastai.callback.progress, fastai.callback.schedule  # noqa: F401 verbs of a Learner
@@ -27,10 +26,10 @@ from ..networks.timings import machine_name
 from ..data.pixels import pixels
 from ..data.sources import cifar10_dls, digits_dls, fashion_mnist_dls
 from ..attacks.scoring import score
-from ..attacks.gradient import NFGSM, PGD
+from ..attacks.gradient import PGD
 from ..attacks.autoattack import AutoAttack
 from ..training.acceleration import BF16
-from ..training.adversarial import adversarial_training_of, AdversarialTraining
+from ..training.adversarial import AdversarialTraining
 from ..training.averaging import WeightAverage
 from .kept import KeptResults, that_matter
 from .training import in_own_process, TorchattacksPGD
@@ -39,16 +38,9 @@ from .training import in_own_process, TorchattacksPGD
 _steps = 7
 _warmup = .1    # share of the one cycle in which the learning rate rises, for all
 
-class _Sharpened(Callback):
-    "From a share of the training on, craft with a stronger attack"
-    order,run_valid = 19,False
-    def __init__(self, attack, after): self.attack,self.after = attack,after
-    def before_batch(self):
-        if self.pct_train>=self.after: adversarial_training_of(self).attack = self.attack
-
 def _with_adverfine(learn, epochs, eps, lr=1e-2):
-    cbs = [AdversarialTraining(NFGSM(eps)), _Sharpened(PGD(eps, steps=3), .5), WeightAverage(.99)]
-    learn.fit_one_cycle(epochs, lr, cbs=[*cbs, BF16(if_faster=True)], pct_start=_warmup)
+    cbs = [AdversarialTraining(PGD(eps, steps=3)), WeightAverage(.99), BF16(if_faster=True)]
+    learn.fit_one_cycle(epochs, lr, cbs=cbs, pct_start=_warmup)
 
 def _with_torchattacks(learn, epochs, eps, lr=5e-3):
     learn.fit_one_cycle(epochs, lr, cbs=TorchattacksPGD(eps, 2.5*eps/_steps, _steps), pct_start=_warmup)

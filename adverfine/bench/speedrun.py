@@ -45,19 +45,20 @@ def _with_adverfine(learn, epochs, eps, lr=1e-2):
 def _with_torchattacks(learn, epochs, eps, lr=5e-3):
     learn.fit_one_cycle(epochs, lr, cbs=TorchattacksPGD(eps, 2.5*eps/_steps, _steps), pct_start=_warmup)
 
-def _with_plain_loop(learn, epochs, eps, lr=2e-3):
+def _with_plain_loop(learn, epochs, eps, lr=5e-3):
     model,train = learn.model.train(),learn.dls.train
     opt = torch.optim.Adam(model.parameters(), lr)
     cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*len(train), pct_start=_warmup)
     for _ in range(epochs):
         for x,y in train:
             x,y = (o.as_subclass(torch.Tensor) for o in (x, y))
-            delta = torch.empty_like(x).uniform_(-eps, eps).requires_grad_()
+            least,most = (x-eps).clamp(min=0),(x+eps).clamp(max=1)
+            x_adv = torch.lerp(least, most, torch.rand_like(x)).requires_grad_()
             for _ in range(_steps):
-                slope, = torch.autograd.grad(F.cross_entropy(model((x+delta).clamp(0, 1)), y), delta)
-                delta = (delta.detach()+2.5*eps/_steps*slope.sign()).clamp(-eps, eps).requires_grad_()
+                slope, = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
+                x_adv = (x_adv.detach()+2.5*eps/_steps*slope.sign()).clamp(least, most).requires_grad_()
             opt.zero_grad()
-            F.cross_entropy(model((x+delta.detach()).clamp(0, 1)), y).backward()
+            F.cross_entropy(model(x_adv.detach()), y).backward()
             opt.step()
             cycle.step()
 
